@@ -1,0 +1,23 @@
+//! What touches the world: libp2p for control, quinn for data, sled for what can be rebuilt, HTTP for people.
+
+// What is kept on disk.
+pub mod home;
+pub mod store;
+
+// The two planes.
+pub mod control;
+pub mod data;
+
+// The device's process, and when it may work.
+pub mod contribute;
+pub mod device;
+
+// What a node does for its federation.
+pub mod serve;
+pub mod train;
+
+// What a person talks to.
+pub mod api;
+
+// The one place that wires.
+pub mod daemon;

@@ -1,0 +1,1 @@
+//! The composed machines of one node: see `docs/src/architecture.md`.

@@ -1,0 +1,1 @@
+//! See docs/src/architecture.md: this room is being furnished.

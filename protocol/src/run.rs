@@ -1,0 +1,183 @@
+//! What a training run is: everything that every node must agree on before the first step.
+
+use alloc::collections::BTreeMap;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use serde::{Deserialize, Serialize};
+
+use crate::hash::{BlobId, Digest, FederationId, NodeId, RunId, digest};
+use crate::layout::Layout;
+use crate::time::Span;
+
+/// The agreed facts of a run. Its hash is the [`RunId`]; the steward signs it as the first entry of the run's log.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunSpec {
+    /// Format version, 1.
+    pub version: u16,
+    /// What people call it.
+    pub name: String,
+    /// The federation that it belongs to.
+    pub federation: FederationId,
+    /// The node that keeps the run's log.
+    pub steward: NodeId,
+    /// The Hugging Face `config.json` of the model, as text.
+    pub config_json: String,
+    /// The parameters, per part.
+    pub layout: Layout,
+    /// `tokenizer.json` bytes.
+    pub tokenizer: BlobId,
+    /// One state blob per part before round 0: the parameters as little-endian f32, momentum absent (all zero).
+    pub initial: Vec<BlobId>,
+    /// The number of rounds.
+    pub rounds: u64,
+    /// Inner steps.
+    pub inner: Inner,
+    /// Outer step.
+    pub outer: Outer,
+    /// When a round closes.
+    pub closing: Closing,
+    /// Names of data sets of which a participant trains on those it has; empty means any that it has.
+    pub data: Vec<String>,
+    /// Seeds everything: `h(seed, round, replica, step)` picks a batch.
+    pub seed: u64,
+    /// Public held-out texts: a blob of the postcard bytes of [`Evaluation`]; `None` for no evaluation.
+    pub evaluation: Option<BlobId>,
+    /// Evaluate after every so many rounds, and after the last.
+    pub evaluate_every_rounds: u64,
+    /// How activations and their gradients cross between the stages of one replica.
+    pub boundary: Boundary,
+}
+
+/// The inner optimiser, AdamW, and its schedule.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Inner {
+    /// H, the inner steps of one round.
+    pub steps: u32,
+    /// Sequences of one micro-batch.
+    pub batch: u32,
+    /// Micro-batches of one step.
+    pub micro_batches: u32,
+    /// Tokens of one sequence.
+    pub seq: u32,
+    /// Peak learning rate.
+    pub learning_rate: f32,
+    /// Steps from zero to the peak learning rate, counted over the run.
+    pub warmup_steps: u32,
+    /// First AdamW moment decay.
+    pub beta_1: f32,
+    /// Second AdamW moment decay.
+    pub beta_2: f32,
+    /// AdamW epsilon.
+    pub epsilon: f32,
+    /// Decoupled weight decay, on tensors of two dimensions.
+    pub weight_decay: f32,
+    /// Largest global gradient norm.
+    pub clip_norm: f32,
+    /// Share of the run, in millionths, over which the rate falls at its end (1 − √ decay).
+    pub decay_ppm: u32,
+}
+
+/// The outer step over the mean pseudo-gradient g.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Outer {
+    /// How pseudo-gradients are written.
+    pub codec: Codec,
+    /// η in θ ← θ − η (g + μ m).
+    pub learning_rate: f32,
+    /// μ in m ← μ m + g. Zero for [`Codec::TopkQ2`], where error feedback plays its part.
+    pub momentum: f32,
+    /// The first rounds that use dense [`Codec::E3m0`] with momentum before [`Codec::TopkQ2`] takes over.
+    pub warm_start_rounds: u64,
+}
+
+/// How a pseudo-gradient is written.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub enum Codec {
+    /// f32 as it is.
+    Raw,
+    /// One byte and a share of a block's scale.
+    Int8,
+    /// Four bits: a sign and a three-bit exponent, and one scale per tensor.
+    E3m0,
+    /// The `k` largest of each 4,096 with 2-bit values, and error feedback.
+    TopkQ2 {
+        /// Values kept of each chunk of 4,096.
+        k: u16,
+        /// What the error buffer keeps from round to round.
+        error_decay: f32,
+    },
+}
+
+/// When a round closes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Closing {
+    /// Contributions without which a round stays open, unless the deadline passes with at least one.
+    pub quorum: u32,
+    /// How long to wait for the others after the quorum.
+    pub grace: Span,
+    /// After so long a round closes with what is there.
+    pub deadline: Span,
+    /// Rounds for which a late contribution is still folded in, at half its weight per round.
+    pub late_rounds_max: u32,
+}
+
+/// How activations and their gradients are written between stages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Boundary {
+    /// Four bytes a value.
+    F32,
+    /// Two bytes a value.
+    Bf16,
+    /// One byte a value and one f32 scale per 256.
+    Int8,
+}
+
+/// Held-out texts and what honest baselines need for them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+pub struct Evaluation {
+    /// By language code.
+    pub languages: BTreeMap<String, HeldOut>,
+}
+
+/// One language of an [`Evaluation`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+pub struct HeldOut {
+    /// Never trained on. All of it is scored.
+    pub text: String,
+    /// Bits per byte of the text under its own byte frequencies.
+    pub order_0_bits_per_byte: f32,
+    /// Bits per byte of a general-purpose compressor primed with the language's training text.
+    pub compressor_bits_per_byte: f32,
+}
+
+impl RunSpec {
+    /// The canonical bytes that are hashed and stored.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        // A value of this type holds nothing that postcard cannot write.
+        postcard::to_allocvec(self).unwrap_or_default()
+    }
+
+    /// Reads canonical bytes.
+    ///
+    /// # Errors
+    ///
+    /// What postcard says of malformed bytes.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, postcard::Error> {
+        postcard::from_bytes(bytes)
+    }
+
+    /// The id: the hash of the canonical bytes.
+    pub fn id(&self) -> RunId {
+        RunId(digest(&self.to_bytes()).0)
+    }
+}
+
+/// The hash of a whole state: of the blob ids of all parts, in order.
+pub fn state_hash(parts: &[BlobId]) -> Digest {
+    let mut hasher = blake3::Hasher::new();
+    for part in parts {
+        hasher.update(&part.0);
+    }
+    Digest(*hasher.finalize().as_bytes())
+}

@@ -1,0 +1,294 @@
+//! What the daemon asks of a worker, and what a worker answers.
+//!
+//! The worker is a child process that owns a device. Orders and answers cross its standard input and output, each as
+//! a length (u32, little-endian), postcard bytes, a payload length (u64, little-endian) and a raw payload. Large
+//! things (weights, states) are named by file; activations travel as the payload.
+
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use serde::{Deserialize, Serialize};
+
+use crate::layout::BlockRange;
+use crate::run::{Boundary, Inner};
+
+/// A loaded stage, chosen by the daemon.
+pub type StageId = u32;
+
+/// One order. Answers carry the same `id`; orders are answered in the order in which they came.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Order {
+    /// Chosen by the daemon.
+    pub id: u64,
+    /// What to do.
+    pub task: Task,
+}
+
+/// What to do. Paths are of files on this machine that the daemon has verified.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Task {
+    /// Describe the device. Answered with [`Answer::Device`].
+    Hello,
+    /// Load a stage for serving. Answered with [`Answer::Loaded`].
+    Load {
+        /// Names the stage from now on.
+        stage: StageId,
+        /// Hugging Face `config.json`, as text.
+        config_json: String,
+        /// Which blocks.
+        range: BlockRange,
+        /// Part files (see [`crate::epoch`]) in order: exactly the parts of `range`.
+        part_files: Vec<String>,
+        /// Keep packed weights packed, or widen them to f32.
+        weights: Weights,
+    },
+    /// Forget a stage and its sessions. Answered with [`Answer::Done`].
+    Unload {
+        /// Which.
+        stage: StageId,
+    },
+    /// Reserve KV cache. Answered with [`Answer::Done`] or [`Answer::Failed`].
+    OpenSession {
+        /// Which stage.
+        stage: StageId,
+        /// Names the session.
+        session: u64,
+        /// Room for so many tokens.
+        context_tokens_max: u32,
+    },
+    /// Free KV cache. Answered with [`Answer::Done`], also when there is no such session.
+    CloseSession {
+        /// Which stage.
+        stage: StageId,
+        /// Which session.
+        session: u64,
+    },
+    /// Run positions `position ..` through the stage. KV entries from `position` on are forgotten first, so a replay or
+    /// a rollback is a plain forward. A stage with the embedding takes `tokens`; any other takes the payload:
+    /// `[seq, hidden]` f32 little-endian. A stage without the head answers [`Answer::Hidden`]; one with the head
+    /// answers [`Answer::Sampled`] when `sample` is given, else [`Answer::Logits`].
+    Forward {
+        /// Which stage.
+        stage: StageId,
+        /// Which session.
+        session: u64,
+        /// Position of the first token.
+        position: u32,
+        /// Token ids, for a stage with the embedding; empty otherwise.
+        tokens: Vec<u32>,
+        /// How to choose the next token from the last position, at a stage with the head.
+        sample: Option<Sampling>,
+    },
+    /// Load a stage for training, from state files. Answered with [`Answer::Loaded`].
+    TrainLoad {
+        /// Names the stage from now on.
+        stage: StageId,
+        /// Hugging Face `config.json`, as text.
+        config_json: String,
+        /// Which blocks.
+        range: BlockRange,
+        /// One file of little-endian f32 parameters per part of `range`; bytes after the parameters are ignored.
+        part_files: Vec<String>,
+        /// Inner optimiser and schedule.
+        inner: Inner,
+        /// All inner steps of the run, for the schedule.
+        steps_total: u64,
+    },
+    /// Replace the parameters of a training stage after an outer step; optimiser state stays. Answered with
+    /// [`Answer::Done`].
+    TrainSet {
+        /// Which stage.
+        stage: StageId,
+        /// As in [`Task::TrainLoad`].
+        part_files: Vec<String>,
+    },
+    /// Tokenise local texts and keep them for training. Answered with [`Answer::Data`].
+    TrainData {
+        /// `tokenizer.json` on this machine.
+        tokenizer_file: String,
+        /// Text files on this machine.
+        text_files: Vec<String>,
+    },
+    /// Take whole inner steps on a stage that holds the whole model. Answered with [`Answer::Stepped`].
+    TrainSteps {
+        /// Which stage.
+        stage: StageId,
+        /// Inner steps of this run before these, for the schedule.
+        step_first: u64,
+        /// How many.
+        steps: u32,
+        /// Labels of the random stream that picks batches: run seed, round, replica.
+        labels: Vec<u64>,
+    },
+    /// The token ids of one micro-batch. Answered with [`Answer::Batch`].
+    TrainBatch {
+        /// Labels of the random stream: run seed, round, replica, step, micro-batch.
+        labels: Vec<u64>,
+        /// Sequences.
+        batch: u32,
+        /// Tokens of one sequence; each comes with one more as its last target.
+        seq: u32,
+    },
+    /// Run one micro-batch forward through a training stage and keep what its backward needs. The first stage takes
+    /// `tokens`; others take the payload `[batch, seq, hidden]` in `boundary`'s form. A stage with the head also takes
+    /// `tokens` as targets and answers [`Answer::Loss`], after which its backward has been run and the payload is the
+    /// gradient of its input; others answer [`Answer::Hidden`], payload in `boundary`'s form.
+    TrainForward {
+        /// Which stage.
+        stage: StageId,
+        /// Which micro-batch of the step.
+        micro_batch: u32,
+        /// `[batch, seq + 1]` token ids, row-major; empty at a stage with neither embedding nor head.
+        tokens: Vec<u32>,
+        /// Sequences.
+        batch: u32,
+        /// Tokens of one sequence.
+        seq: u32,
+        /// The form of payloads in and out.
+        boundary: Boundary,
+    },
+    /// Run the backward of a kept micro-batch: payload is the gradient of its output. Answered with
+    /// [`Answer::Hidden`]: the gradient of the input, empty at the first stage.
+    TrainBackward {
+        /// Which stage.
+        stage: StageId,
+        /// Which micro-batch of the step.
+        micro_batch: u32,
+        /// The form of payloads in and out.
+        boundary: Boundary,
+    },
+    /// The sum of squares of the accumulated gradients of the stage, after division by the number of micro-batches.
+    /// Answered with [`Answer::SquareSum`].
+    TrainSquareSum {
+        /// Which stage.
+        stage: StageId,
+        /// Micro-batches of the step.
+        micro_batches: u32,
+    },
+    /// AdamW with the accumulated gradients, clipped by the global norm. Answered with [`Answer::Done`].
+    TrainApply {
+        /// Which stage.
+        stage: StageId,
+        /// Which inner step of the run, for the schedule.
+        step: u64,
+        /// Sum of squares over all stages of the replica.
+        square_sum: f64,
+    },
+    /// Write the present parameters, one file of little-endian f32 per part. Answered with [`Answer::Done`].
+    TrainWrite {
+        /// Which stage.
+        stage: StageId,
+        /// Where, one per part of the stage's range.
+        part_files: Vec<String>,
+    },
+    /// Score held-out texts with a training stage that holds the whole model. Answered with [`Answer::Scored`].
+    Score {
+        /// Which stage.
+        stage: StageId,
+        /// The texts.
+        texts: Vec<String>,
+        /// Tokens of one window.
+        seq: u32,
+    },
+}
+
+/// How weights are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Weights {
+    /// As they are in the file.
+    Packed,
+    /// Widened to f32.
+    F32,
+}
+
+/// How the next token is chosen. The choice at a position follows from `seed`, the position and the logits alone, so a
+/// replay chooses alike.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sampling {
+    /// Zero is greedy.
+    pub temperature: f32,
+    /// Zero is no limit.
+    pub top_k: u32,
+    /// One is no limit.
+    pub top_p: f32,
+    /// Seeds the choice.
+    pub seed: u64,
+}
+
+/// What a worker answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Reply {
+    /// The order's id.
+    pub id: u64,
+    /// What came of it.
+    pub answer: Answer,
+}
+
+/// What came of an order.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Answer {
+    /// Done.
+    Done,
+    /// Not done: nothing changed. The text says what happened, to what.
+    Failed {
+        /// For people.
+        reason: String,
+    },
+    /// The device.
+    Device {
+        /// Such as `cpu (AVX-512, 2 threads)`.
+        name: String,
+        /// Bytes of its memory, where known.
+        memory_bytes: Option<u64>,
+    },
+    /// A stage is ready.
+    Loaded {
+        /// Bytes that its weights take.
+        bytes: u64,
+        /// The width of its activations.
+        hidden: u32,
+    },
+    /// The payload is the output `[.., hidden]`.
+    Hidden,
+    /// The payload is the logits `[seq, vocabulary]`, f32 little-endian.
+    Logits,
+    /// The chosen token.
+    Sampled {
+        /// Its id.
+        token: u32,
+        /// Its natural log-probability before temperature.
+        log_probability: f32,
+    },
+    /// Local data is ready.
+    Data {
+        /// Tokens in all.
+        tokens: u64,
+    },
+    /// Inner steps were taken.
+    Stepped {
+        /// Mean loss of each step, in nats per token.
+        losses: Vec<f32>,
+        /// Tokens trained on.
+        tokens: u64,
+    },
+    /// A micro-batch: `[batch, seq + 1]` token ids, row-major.
+    Batch {
+        /// The ids.
+        tokens: Vec<u32>,
+    },
+    /// The mean loss of a micro-batch; the payload is the gradient of the stage's input.
+    Loss {
+        /// In nats per token.
+        loss: f32,
+    },
+    /// A sum of squares.
+    SquareSum {
+        /// The sum.
+        sum: f64,
+    },
+    /// Held-out scores.
+    Scored {
+        /// Bits per UTF-8 byte of each text.
+        bits_per_byte: Vec<f32>,
+    },
+}
