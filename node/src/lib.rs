@@ -4,9 +4,10 @@
 pub mod home;
 pub mod store;
 
-// The two planes.
+// The two planes, and who may use them.
 pub mod control;
 pub mod data;
+pub mod gate;
 
 // The device's process, and when it may work.
 pub mod contribute;
