@@ -66,7 +66,13 @@ const WALLS: &[Wall] = &[
         may_import_in_tests: &[],
         never: &["burn", "libp2p", "quinn"],
     },
-    Wall { folder: "cli/xtask", package: "xtask", may_import: &[], may_import_in_tests: &[], never: &[] },
+    Wall {
+        folder: "cli/xtask",
+        package: "xtask",
+        may_import: &[],
+        may_import_in_tests: &[],
+        never: &[],
+    },
 ];
 
 /// Checks every package's manifest, and the sources of `protocol`.
@@ -79,12 +85,20 @@ pub(crate) fn check(root: &Path) -> Result<String> {
         let manifest = read_manifest(&root.join(wall.folder))?;
         check_imports(wall, &manifest, "dependencies", wall.may_import)?;
         check_imports(wall, &manifest, "build-dependencies", wall.may_import)?;
-        let in_tests: Vec<_> = wall.may_import.iter().chain(wall.may_import_in_tests).copied().collect();
+        let in_tests: Vec<_> = wall
+            .may_import
+            .iter()
+            .chain(wall.may_import_in_tests)
+            .copied()
+            .collect();
         check_imports(wall, &manifest, "dev-dependencies", &in_tests)?;
     }
     check_members(root)?;
     let files = check_protocol_sources(&root.join("protocol/src"))?;
-    Ok(format!("{} packages keep their walls; {files} files of protocol stay without std", WALLS.len()))
+    Ok(format!(
+        "{} packages keep their walls; {files} files of protocol stay without std",
+        WALLS.len()
+    ))
 }
 
 fn read_manifest(folder: &Path) -> Result<toml::Table> {
@@ -94,7 +108,9 @@ fn read_manifest(folder: &Path) -> Result<toml::Table> {
 }
 
 fn check_imports(wall: &Wall, manifest: &toml::Table, section: &str, allowed: &[&str]) -> Result<()> {
-    let Some(imports) = manifest.get(section).and_then(toml::Value::as_table) else { return Ok(()) };
+    let Some(imports) = manifest.get(section).and_then(toml::Value::as_table) else {
+        return Ok(());
+    };
     let own: BTreeMap<_, _> = WALLS.iter().map(|wall| (wall.package, wall.folder)).collect();
     for import in imports.keys().map(String::as_str) {
         ensure!(
@@ -104,7 +120,10 @@ fn check_imports(wall: &Wall, manifest: &toml::Table, section: &str, allowed: &[
             wall.folder
         );
         ensure!(
-            !wall.never.iter().any(|never| import == *never || import.starts_with(&format!("{never}-"))),
+            !wall
+                .never
+                .iter()
+                .any(|never| import == *never || import.starts_with(&format!("{never}-"))),
             "{} must never import {import} (in [{section}] of {}/Cargo.toml)",
             wall.package,
             wall.folder
@@ -122,7 +141,10 @@ fn check_members(root: &Path) -> Result<()> {
         .and_then(toml::Value::as_array)
         .context("the root Cargo.toml names no members")?;
     for member in members.iter().filter_map(toml::Value::as_str) {
-        ensure!(WALLS.iter().any(|wall| wall.folder == member), "{member} has no row in the table of walls");
+        ensure!(
+            WALLS.iter().any(|wall| wall.folder == member),
+            "{member} has no row in the table of walls"
+        );
     }
     Ok(())
 }
@@ -139,7 +161,12 @@ fn check_protocol_sources(folder: &Path) -> Result<usize> {
         for (number, line) in before_tests.lines().enumerate() {
             let code = line.split("//").next().unwrap_or_default();
             if code.contains("std::") && !code.contains("core::") && !code.contains("no_std") {
-                bail!("{}:{} uses std outside its tests: {}", path.display(), number + 1, line.trim());
+                bail!(
+                    "{}:{} uses std outside its tests: {}",
+                    path.display(),
+                    number + 1,
+                    line.trim()
+                );
             }
         }
     }
