@@ -101,7 +101,9 @@ impl ChunkSet {
         if chunks > CHUNKS_MAX || bytes.len() != words_for(chunks).checked_mul(8)? {
             return None;
         }
-        let (words, []) = bytes.as_chunks::<8>() else { return None };
+        let (words, []) = bytes.as_chunks::<8>() else {
+            return None;
+        };
         let words: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
         let beyond = words.last().copied().unwrap_or(0) & !last_mask(chunks);
         let count = words.iter().map(|word| word.count_ones()).sum();
@@ -143,7 +145,10 @@ mod tests {
 
     #[test]
     fn bytes_of_another_length_or_with_stray_bits_are_refused() {
-        assert_eq!(ChunkSet::from_bytes(3, &[0b111, 0, 0, 0, 0, 0, 0, 0]), Some(ChunkSet::full(3)));
+        assert_eq!(
+            ChunkSet::from_bytes(3, &[0b111, 0, 0, 0, 0, 0, 0, 0]),
+            Some(ChunkSet::full(3))
+        );
         assert_eq!(ChunkSet::from_bytes(3, &[0b1111, 0, 0, 0, 0, 0, 0, 0]), None);
         assert_eq!(ChunkSet::from_bytes(3, &[0; 7]), None);
         assert_eq!(ChunkSet::from_bytes(u32::MAX, &[0; 8]), None);

@@ -199,7 +199,9 @@ impl Manifest {
                 found: bytes.len(),
             });
         }
-        let hash = usize::try_from(chunk).ok().and_then(|index| self.chunk_hashes.get(index));
+        let hash = usize::try_from(chunk)
+            .ok()
+            .and_then(|index| self.chunk_hashes.get(index));
         if hash != Some(&digest(bytes)) {
             return Err(ChunkError::Hash { chunk });
         }
@@ -225,7 +227,10 @@ mod tests {
         assert_eq!(manifest.chunks(), 3);
         assert_eq!(manifest.chunk_bytes(2), Some(5));
         assert_eq!(manifest.chunk_bytes(3), None);
-        assert_eq!(Manifest::from_bytes_of(blob_id(&bytes), &manifest.to_bytes()), Ok(manifest));
+        assert_eq!(
+            Manifest::from_bytes_of(blob_id(&bytes), &manifest.to_bytes()),
+            Ok(manifest)
+        );
     }
 
     #[test]
@@ -241,8 +246,14 @@ mod tests {
         let manifest = Manifest::of(b"polder");
         assert_eq!(manifest.verify_chunk(0, b"polder"), Ok(()));
         assert_eq!(manifest.verify_chunk(0, b"poldeR"), Err(ChunkError::Hash { chunk: 0 }));
-        assert!(matches!(manifest.verify_chunk(0, b"polde"), Err(ChunkError::Length { found: 5, .. })));
-        assert!(matches!(manifest.verify_chunk(1, b""), Err(ChunkError::OutOfRange { .. })));
+        assert!(matches!(
+            manifest.verify_chunk(0, b"polde"),
+            Err(ChunkError::Length { found: 5, .. })
+        ));
+        assert!(matches!(
+            manifest.verify_chunk(1, b""),
+            Err(ChunkError::OutOfRange { .. })
+        ));
     }
 
     #[test]
@@ -251,7 +262,11 @@ mod tests {
         manifest.bytes = 3 * CHUNK_BYTES as u64;
         assert!(matches!(
             Manifest::from_bytes(&manifest.to_bytes()),
-            Err(ManifestError::ChunkCount { expected: 3, found: 1, .. })
+            Err(ManifestError::ChunkCount {
+                expected: 3,
+                found: 1,
+                ..
+            })
         ));
         manifest.bytes = u64::MAX;
         assert!(matches!(
@@ -264,15 +279,24 @@ mod tests {
     fn a_second_encoding_of_the_same_manifest_is_refused() {
         let mut bytes = Manifest::of(b"polder").to_bytes();
         bytes.push(0);
-        assert!(matches!(Manifest::from_bytes(&bytes), Err(ManifestError::Malformed { .. })));
-        assert!(matches!(Manifest::from_bytes(&[0x80, 0, 0]), Err(ManifestError::Malformed { .. })));
+        assert!(matches!(
+            Manifest::from_bytes(&bytes),
+            Err(ManifestError::Malformed { .. })
+        ));
+        assert!(matches!(
+            Manifest::from_bytes(&[0x80, 0, 0]),
+            Err(ManifestError::Malformed { .. })
+        ));
     }
 
     #[test]
     fn a_length_that_lies_allocates_nothing() {
         // Ten hashes of 2^35 announced, none there.
         let bytes = [10, 0xff, 0xff, 0xff, 0xff, 0x7f];
-        assert!(matches!(Manifest::from_bytes(&bytes), Err(ManifestError::Malformed { .. })));
+        assert!(matches!(
+            Manifest::from_bytes(&bytes),
+            Err(ManifestError::Malformed { .. })
+        ));
     }
 
     proptest! {

@@ -293,7 +293,9 @@ impl Scheduler {
         if let Some(source) = self.sources.get_mut(&id) {
             source.heard_at = now;
             if let Some(asked_at) = source.owes.get(&chunk).copied() {
-                let since = source.arrived_at.map_or(asked_at, |arrived_at| arrived_at.max(asked_at));
+                let since = source
+                    .arrived_at
+                    .map_or(asked_at, |arrived_at| arrived_at.max(asked_at));
                 let took = now - since;
                 source.pace = Some(match source.pace {
                     Some(pace) => Span((pace.0.saturating_mul(3).saturating_add(took.0)) / 4),
@@ -319,7 +321,9 @@ impl Scheduler {
     }
 
     fn on_refused(&mut self, now: Instant, id: NodeId, chunk: u32) {
-        let Some(source) = self.sources.get_mut(&id) else { return };
+        let Some(source) = self.sources.get_mut(&id) else {
+            return;
+        };
         source.heard_at = now;
         if source.has.remove(chunk) {
             self.set_available(chunk, |count| count.saturating_sub(1));
@@ -385,9 +389,7 @@ impl Scheduler {
     fn another(&self, id: NodeId, chunk: u32) -> Option<NodeId> {
         self.sources
             .iter()
-            .filter(|(other, source)| {
-                **other != id && source.has.contains(chunk) && source.owes.len() < source.window
-            })
+            .filter(|(other, source)| **other != id && source.has.contains(chunk) && source.owes.len() < source.window)
             .min_by_key(|(_, source)| source.owes.len())
             .map(|(other, _)| *other)
     }
@@ -395,7 +397,9 @@ impl Scheduler {
     /// How long `source` may take for `chunk`: its own pace for all that it owes, four times over, or the patience.
     fn allowed(&self, source: &Source, chunk: u32) -> Span {
         let owed = u64::try_from(source.owes.len()).unwrap_or(u64::MAX);
-        let own = source.pace.map_or(0, |pace| pace.0.saturating_mul(owed).saturating_mul(4));
+        let own = source
+            .pace
+            .map_or(0, |pace| pace.0.saturating_mul(owed).saturating_mul(4));
         let doublings = self.taken_back.get(&chunk).copied().unwrap_or(0).min(8);
         Span(own.max(self.limits.patience.0).saturating_mul(1 << doublings))
     }
@@ -442,7 +446,9 @@ impl Scheduler {
     }
 
     fn request(&mut self, now: Instant, id: NodeId, chunk: u32) {
-        let Some(source) = self.sources.get_mut(&id) else { return };
+        let Some(source) = self.sources.get_mut(&id) else {
+            return;
+        };
         if source.owes.is_empty() {
             source.heard_at = now; // Silence counts from the first request on.
         }
@@ -456,7 +462,10 @@ impl Scheduler {
 
     /// Forgets that `id` owes `chunk`, which becomes unasked unless another owes it too. Says whether it did owe it.
     fn forget_request(&mut self, id: NodeId, chunk: u32) -> bool {
-        let owed = self.sources.get_mut(&id).is_some_and(|source| source.owes.remove(&chunk).is_some());
+        let owed = self
+            .sources
+            .get_mut(&id)
+            .is_some_and(|source| source.owes.remove(&chunk).is_some());
         if !owed {
             return false;
         }
@@ -473,7 +482,9 @@ impl Scheduler {
     }
 
     fn set_available(&mut self, chunk: u32, change: impl FnOnce(u32) -> u32) {
-        let slot = usize::try_from(chunk).ok().and_then(|index| self.available.get_mut(index));
+        let slot = usize::try_from(chunk)
+            .ok()
+            .and_then(|index| self.available.get_mut(index));
         let Some(slot) = slot else { return };
         let before = *slot;
         *slot = change(before);

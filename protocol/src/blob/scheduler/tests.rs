@@ -102,8 +102,14 @@ fn a_late_chunk_is_taken_back_and_asked_of_another() {
     assert_eq!(
         effects,
         [
-            Effect::Cancel { source: node(1), chunk: 0 },
-            Effect::Request { source: node(2), chunk: 0 },
+            Effect::Cancel {
+                source: node(1),
+                chunk: 0
+            },
+            Effect::Request {
+                source: node(2),
+                chunk: 0
+            },
         ]
     );
 }
@@ -125,7 +131,16 @@ fn in_the_end_game_an_idle_source_is_asked_for_what_another_owes() {
         chunk: 0,
     };
     scheduler.step(now, arrived, &mut effects);
-    assert_eq!(effects, [Effect::Cancel { source: node(1), chunk: 0 }, Effect::Done]);
+    assert_eq!(
+        effects,
+        [
+            Effect::Cancel {
+                source: node(1),
+                chunk: 0
+            },
+            Effect::Done
+        ]
+    );
 }
 
 #[test]
@@ -190,14 +205,18 @@ struct Peer {
 }
 
 fn peers() -> impl Strategy<Value = Vec<Peer>> {
-    let peer = (1_000u64..20_000_000, proptest::option::of(0u64..30_000_000), any::<bool>(), any::<bool>()).prop_map(
-        |(chunk_micros, dies_at, lies, has_all)| Peer {
+    let peer = (
+        1_000u64..20_000_000,
+        proptest::option::of(0u64..30_000_000),
+        any::<bool>(),
+        any::<bool>(),
+    )
+        .prop_map(|(chunk_micros, dies_at, lies, has_all)| Peer {
             chunk_micros,
             dies_at,
             lies,
             has_all,
-        },
-    );
+        });
     proptest::collection::vec(peer, 0..5)
 }
 
