@@ -1,1 +1,0 @@
-//! The composed machines of one node: see `docs/src/architecture.md`.

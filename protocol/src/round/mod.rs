@@ -1,0 +1,54 @@
+//! A training round, from the state that everybody starts with to the state that everybody ends with.
+//!
+//! One round of one run, with the steward `S` and a participant `P`:
+//!
+//! ```text
+//! P  holds the state of round r; the log says that r is open
+//! P  Job::Train .................. inner steps; the pseudo-gradient lies in blobs
+//! P  Persist::Commit, Commit ──► S   the names of the blobs: nothing can be changed any more
+//! S  Job::Fetch ................. their bytes, checked
+//! S  Persist::Commit, Ack ─────► P   from here on the update cannot be lost
+//! S  Closed {r, set} ──────────► all  at quorum and grace, when all are there, or at the deadline
+//! all Job::Apply ................ the same set on the same state in the same order: the same bits
+//! S  Applied {r, parts} ───────► all  whoever has other bits fetches these
+//! ```
+//!
+//! What is late waits for the next set, within the run's limit; what is later is refused, and nobody is thrown out for
+//! it. The machines here are parts of [`crate::node::Node`], which is what a driver steps:
+//!
+//! - [`Keeper`]: holds the state's parts of one node and keeps them up with the log.
+//! - [`Trainer`]: takes part: joins, trains, commits, leaves.
+//! - [`Steward`]: admits, gathers, closes.
+
+mod commit;
+mod job;
+mod message;
+
+pub use commit::{Commit, CommitAnswer, Refusal, SignedCommit};
+pub use job::{Job, JobId, Outcome};
+pub use message::{JoinAnswer, MESSAGE_BYTES_MAX, MessageError, RunMessage};
+
+use crate::time::Span;
+
+/// How often a participant tells the steward that it lives. Cheap beside a round, and four fit in [`LEASE`].
+pub const ALIVE_EVERY: Span = Span::seconds(5);
+/// A replica ends when a node of it was silent for so long: four signs of life missed.
+pub const LEASE: Span = Span::seconds(20);
+/// What is left of a lease once the connection to the node broke: time to connect again after a restart.
+pub const LEASE_AFTER_LOSS: Span = Span::seconds(10);
+/// The first wait before something unanswered is said again.
+pub const RETRY_FIRST: Span = Span::seconds(1);
+/// The longest wait before something unanswered is said again.
+pub const RETRY_MAX: Span = Span::seconds(8);
+/// The longest wait before failed work is begun again.
+pub const FAILURE_RETRY_MAX: Span = Span::seconds(60);
+/// A node this many rounds behind applies the rounds; one further behind fetches the newest state instead. Sets are
+/// smaller than states by the codec's ratio, but each takes an outer step.
+pub const APPLY_BEHIND_MAX: u64 = 2;
+/// Nodes that wait to be paired into a replica.
+pub const WAITING_MAX: usize = 1024;
+
+/// The wait before try number `tries + 1`: doubles from [`RETRY_FIRST`] up to `longest`.
+pub(crate) fn retry_after(tries: u32, longest: Span) -> Span {
+    Span(RETRY_FIRST.0.saturating_mul(1u64 << tries.min(16)).min(longest.0))
+}
