@@ -1,0 +1,103 @@
+//! Activation rows as blocks of 32 int8 values with one scale: the other factor of every packed product.
+
+use super::blocks::UNIT;
+
+/// `n` rows of `cols` activations: `x[i] ≈ scale[unit] · quants[i]`.
+#[derive(Debug)]
+pub(super) struct Activations {
+    cols: usize,
+    quants: Vec<i8>,
+    scales: Vec<f32>,
+    /// Per unit, the scale times the sum of its quants: what a weight block's minimum is multiplied by.
+    sums: Vec<f32>,
+}
+
+/// One row of [`Activations`].
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ActivationRow<'a> {
+    pub(super) quants: &'a [[i8; UNIT]],
+    pub(super) scales: &'a [f32],
+    pub(super) sums: &'a [f32],
+}
+
+impl Activations {
+    /// Rounds rows of `cols` values, `cols` a multiple of 32. A unit that holds a value that is not finite gets the
+    /// scale NaN, so that a broken activation is seen in the output and not rounded away.
+    pub(super) fn round(x: &[f32], cols: usize) -> Self {
+        let units = x.len() / UNIT;
+        let mut quants = vec![0; x.len()];
+        let mut scales = Vec::with_capacity(units);
+        let mut sums = Vec::with_capacity(units);
+        for (values, quants) in x.as_chunks().0.iter().zip(quants.as_chunks_mut().0) {
+            let scale = round_unit(values, quants);
+            let sum: i32 = quants.iter().map(|quant| i32::from(*quant)).sum();
+            scales.push(scale);
+            sums.push(scale * sum as f32);
+        }
+        Self {
+            cols,
+            quants,
+            scales,
+            sums,
+        }
+    }
+
+    pub(super) fn row(&self, row: usize) -> ActivationRow<'_> {
+        let units = self.cols / UNIT;
+        ActivationRow {
+            quants: &self.quants.as_chunks().0[row * units..][..units],
+            scales: &self.scales[row * units..][..units],
+            sums: &self.sums[row * units..][..units],
+        }
+    }
+}
+
+fn round_unit(values: &[f32; UNIT], quants: &mut [i8; UNIT]) -> f32 {
+    // Below this the inverse scale is no longer finite; such activations are nothing beside any other.
+    const LARGEST_MIN: f32 = 1e-30;
+    // Adding and taking away 1.5 · 2²³ rounds to the nearest integer, ties to even, in two plain additions.
+    const ROUNDER: f32 = 12_582_912.0;
+    // The bits of absolute values are ordered as the values are, with infinity and NaN at the end.
+    let largest_bits = values
+        .iter()
+        .fold(0, |largest, value| largest.max(value.to_bits() & 0x7fff_ffff));
+    let largest = f32::from_bits(largest_bits);
+    if !largest.is_finite() || largest < LARGEST_MIN {
+        quants.fill(0);
+        return if largest < LARGEST_MIN { 0.0 } else { f32::NAN };
+    }
+    let inverse = 127.0 / largest;
+    for (quant, value) in quants.iter_mut().zip(values) {
+        // The rounded integer sits in the low bits of the sum's mantissa.
+        *quant = (value * inverse + ROUNDER).to_bits() as i8;
+    }
+    largest / 127.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_to_the_nearest_of_255_steps() {
+        let x: Vec<f32> = (0..64).map(|i| (i as f32 - 31.5) * 0.1).collect();
+        let activations = Activations::round(&x, 64);
+        let row = activations.row(0);
+        for (i, value) in x.iter().enumerate() {
+            let back = row.scales[i / 32] * f32::from(row.quants[i / 32][i % 32]);
+            assert!((value - back).abs() <= row.scales[i / 32] * 0.5001);
+        }
+        assert_eq!(row.quants[0][0], -127);
+        assert_eq!(row.quants[1][31], 127);
+    }
+
+    #[test]
+    fn a_value_that_is_not_finite_shows() {
+        let mut x = [1.0; 64];
+        x[40] = f32::INFINITY;
+        let activations = Activations::round(&x, 64);
+        assert!(activations.row(0).scales[0].is_finite());
+        assert!(activations.row(0).scales[1].is_nan());
+        assert!(activations.row(0).sums[1].is_nan());
+    }
+}

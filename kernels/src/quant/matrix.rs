@@ -1,0 +1,320 @@
+//! A packed matrix and its products.
+
+use std::fmt;
+use std::ops::{Deref, Range};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+use rayon::prelude::*;
+
+use super::activations::Activations;
+use super::dot::{Path, multiply_float_rows, multiply_rows};
+use super::{PackedType, QuantError, widen};
+
+/// Multiplications below which a product stays on one thread: waking another takes about as long as this many.
+const PARALLEL_PRODUCTS_MIN: usize = 200_000;
+/// Pieces per thread, so that a thread that the system interrupts does not hold up the rest.
+const PIECES_PER_THREAD: usize = 3;
+
+/// Bytes of a mapped file, or bytes in memory. Cloning shares them.
+#[derive(Clone)]
+pub struct PackedBytes(Source);
+
+#[derive(Clone)]
+enum Source {
+    Mapped { map: Arc<Mmap>, range: Range<usize> }, // The range lies within the map.
+    Owned(Arc<[u8]>),
+}
+
+impl PackedBytes {
+    /// Bytes `range` of `map`; `None` where the map does not have them.
+    pub fn mapped(map: Arc<Mmap>, range: Range<usize>) -> Option<Self> {
+        map.get(range.clone())?;
+        Some(Self(Source::Mapped { map, range }))
+    }
+}
+
+impl From<Vec<u8>> for PackedBytes {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self(Source::Owned(bytes.into()))
+    }
+}
+
+impl Deref for PackedBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match &self.0 {
+            Source::Mapped { map, range } => &map[range.clone()],
+            Source::Owned(bytes) => bytes,
+        }
+    }
+}
+
+impl fmt::Debug for PackedBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let place = match &self.0 {
+            Source::Mapped { .. } => "mapped",
+            Source::Owned(_) => "owned",
+        };
+        write!(f, "PackedBytes({place}, {} bytes)", self.len())
+    }
+}
+
+/// A weight `[rows, cols]` = `[out, in]` in a packed type, multiplied as it is.
+///
+/// The bytes are exactly `rows` rows of whole blocks.
+#[derive(Debug, Clone)]
+pub struct PackedMatrix {
+    ty: PackedType,
+    rows: usize,
+    cols: usize,
+    row_bytes: usize,
+    bytes: PackedBytes,
+}
+
+impl PackedMatrix {
+    /// Checks that `bytes` are `rows` rows of `cols` elements.
+    ///
+    /// # Errors
+    ///
+    /// [`QuantError`] where they are not.
+    pub fn new(ty: PackedType, rows: usize, cols: usize, bytes: PackedBytes) -> Result<Self, QuantError> {
+        let row_bytes = ty.row_bytes(cols)?;
+        let expected = ty.matrix_bytes(rows, cols)?;
+        if bytes.len() != expected {
+            return Err(QuantError::Length {
+                ty,
+                rows,
+                cols,
+                expected,
+                found: bytes.len(),
+            });
+        }
+        Ok(Self {
+            ty,
+            rows,
+            cols,
+            row_bytes,
+            bytes,
+        })
+    }
+
+    /// How elements are stored.
+    pub const fn ty(&self) -> PackedType {
+        self.ty
+    }
+
+    /// Outputs.
+    pub const fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs.
+    pub const fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The packed rows.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// `out[i, r] = Σ_c w[r, c] · x[i, c]`, with activations rounded to int8 per 32 unless the type is a plain float.
+    ///
+    /// The sums have one fixed order, so every machine computes the same bits.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`: `[n, cols]`, row-major
+    /// - `out`: `[n, rows]`, row-major
+    ///
+    /// # Panics
+    ///
+    /// When `x` or `out` is of another size.
+    pub fn multiply(&self, x: &[f32], n: usize, out: &mut [f32]) {
+        self.multiply_by(Path::best(), x, n, out);
+    }
+
+    /// All values, row-major.
+    pub fn widen(&self) -> Vec<f32> {
+        let mut values = vec![0.0; self.rows * self.cols];
+        if self.cols == 0 {
+            return values;
+        }
+        let rows = self.bytes.par_chunks_exact(self.row_bytes);
+        rows.zip(values.par_chunks_exact_mut(self.cols))
+            .for_each(|(row, values)| {
+                widen(self.ty, row, values).expect("the constructor checked the length of rows");
+            });
+        values
+    }
+
+    /// The values of one row, such as a token's embedding.
+    ///
+    /// # Panics
+    ///
+    /// When there is no such row, or `out` is not `cols` long.
+    pub fn widen_row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        assert_eq!(out.len(), self.cols, "one row has {} elements", self.cols);
+        let bytes = &self.bytes[row * self.row_bytes..][..self.row_bytes];
+        widen(self.ty, bytes, out).expect("the constructor checked the length of rows");
+    }
+
+    fn multiply_by(&self, path: Path, x: &[f32], n: usize, out: &mut [f32]) {
+        assert_eq!(Some(x.len()), n.checked_mul(self.cols), "x is [{n}, {}]", self.cols);
+        assert_eq!(Some(out.len()), n.checked_mul(self.rows), "out is [{n}, {}]", self.rows);
+        if out.is_empty() || self.cols == 0 {
+            out.fill(0.0);
+            return;
+        }
+        let activations = (!self.ty.is_float()).then(|| Activations::round(x, self.cols));
+        let piece = |rows: &[u8], out: &mut [f32]| match &activations {
+            Some(activations) => multiply_rows(path, self.ty, rows, self.row_bytes, activations, n, out),
+            None => multiply_float_rows(path, self.ty, rows, self.row_bytes, x, n, out),
+        };
+        if n == 1 {
+            self.in_pieces(n, out, piece);
+        } else {
+            // Computed as [rows, n], so that a piece of rows is one piece of memory.
+            let mut transposed = vec![0.0; out.len()];
+            self.in_pieces(n, &mut transposed, piece);
+            for (i, out) in out.chunks_exact_mut(self.rows).enumerate() {
+                for (out, value) in out.iter_mut().zip(transposed[i..].iter().step_by(n)) {
+                    *out = *value;
+                }
+            }
+        }
+    }
+
+    /// Calls `piece` with rows and their outputs, on all threads where the work is worth it.
+    fn in_pieces(&self, n: usize, out: &mut [f32], piece: impl Fn(&[u8], &mut [f32]) + Sync) {
+        let products = self.rows.saturating_mul(self.cols).saturating_mul(n);
+        let threads = rayon::current_num_threads();
+        if products < PARALLEL_PRODUCTS_MIN || threads == 1 {
+            piece(&self.bytes, out);
+            return;
+        }
+        let rows = self.rows.div_ceil(threads * PIECES_PER_THREAD);
+        let pieces = self.bytes.par_chunks(rows * self.row_bytes);
+        pieces
+            .zip(out.par_chunks_mut(rows * n))
+            .for_each(|(rows, out)| piece(rows, out));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::narrow;
+    use super::*;
+
+    #[test]
+    fn a_product_is_close_to_that_of_the_widened_matrix() {
+        for ty in PackedType::ALL {
+            for (rows, cols, n) in [(1, 256, 1), (3, 512, 2), (17, 256, 5), (192, 768, 9)] {
+                let matrix = matrix(ty, rows, cols);
+                let x = noise(n * cols, 7);
+                let mut out = vec![0.0; n * rows];
+                matrix.multiply(&x, n, &mut out);
+                let weights = matrix.widen();
+                for (i, x) in x.chunks_exact(cols).enumerate() {
+                    for (r, weights) in weights.chunks_exact(cols).enumerate() {
+                        let exact: f64 = weights.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
+                        let size: f64 = weights.iter().map(|w| f64::from(w * w)).sum::<f64>().sqrt();
+                        // Activations within 1 are off by at most 1/254 each, with random signs; six deviations.
+                        let tolerance = if ty.is_float() { 1e-5 } else { 6.0 / 254.0 / 3f64.sqrt() } * size + 1e-6;
+                        let found = f64::from(out[i * rows + r]);
+                        assert!((found - exact).abs() <= tolerance, "{ty} [{rows}, {cols}]: {found} for {exact}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_path_gives_the_same_bits() {
+        for ty in PackedType::ALL {
+            for (rows, cols, n) in [(1, 256, 1), (5, 768, 3), (33, 512, 4), (7, 256, 11)] {
+                let matrix = matrix(ty, rows, cols);
+                let x = noise(n * cols, 3);
+                let bits = |path| {
+                    let mut out = vec![0.0; n * rows];
+                    matrix.multiply_by(path, &x, n, &mut out);
+                    out.iter().map(|value| value.to_bits()).collect::<Vec<_>>()
+                };
+                let scalar = bits(Path::Scalar);
+                assert_eq!(bits(Path::best()), scalar, "{ty} [{rows}, {cols}] by {n}");
+                #[cfg(target_arch = "x86_64")]
+                if Path::best() == Path::Vnni {
+                    assert_eq!(bits(Path::Avx2), scalar, "{ty} [{rows}, {cols}] by {n}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn batching_changes_no_bit() {
+        let matrix = matrix(PackedType::Q4_1, 40, 288);
+        let x = noise(6 * 288, 5);
+        let mut together = vec![0.0; 6 * 40];
+        matrix.multiply(&x, 6, &mut together);
+        for (x, together) in x.chunks_exact(288).zip(together.chunks_exact(40)) {
+            let mut alone = vec![0.0; 40];
+            matrix.multiply(x, 1, &mut alone);
+            assert_eq!(alone, together);
+        }
+    }
+
+    #[test]
+    fn a_broken_activation_breaks_the_output() {
+        let mut x = noise(64, 1);
+        x[3] = f32::NAN;
+        for ty in [PackedType::Q4_1, PackedType::Q8_0, PackedType::F32] {
+            let mut out = [0.0; 4];
+            matrix(ty, 4, 64).multiply(&x, 1, &mut out);
+            assert!(out.iter().all(|value| value.is_nan()));
+        }
+    }
+
+    #[test]
+    fn lying_lengths_are_refused() {
+        let new = |rows, cols, bytes: usize| PackedMatrix::new(PackedType::Q8_0, rows, cols, vec![0; bytes].into());
+        assert!(new(2, 32, 68).is_ok());
+        assert!(new(2, 32, 67).is_err());
+        assert!(new(2, 33, 68).is_err());
+        assert!(new(usize::MAX, 64, 68).is_err());
+    }
+
+    /// A matrix of the type with plausible scales: random bytes for the types that we do not write.
+    fn matrix(ty: PackedType, rows: usize, cols: usize) -> PackedMatrix {
+        let values = noise(rows * cols, 11);
+        let bytes = narrow(ty, &values).unwrap_or_else(|_| {
+            let noise = noise(ty.matrix_bytes(rows, cols).unwrap(), 13);
+            let mut bytes: Vec<u8> = noise.iter().map(|value| ((value + 1.0) * 127.9) as u8).collect();
+            let halves: &[usize] = match ty {
+                PackedType::Q5_0 => &[0],
+                PackedType::Q6K => &[208],
+                _ => &[0, 2],
+            };
+            for (b, block) in bytes.chunks_exact_mut(ty.block_bytes()).enumerate() {
+                for at in halves {
+                    let scale = half::f16::from_f32(0.01 + 0.001 * (b % 7) as f32);
+                    block[*at..*at + 2].copy_from_slice(&scale.to_le_bytes());
+                }
+            }
+            bytes
+        });
+        PackedMatrix::new(ty, rows, cols, bytes.into()).unwrap()
+    }
+
+    /// Values within ±1 from a small generator.
+    fn noise(count: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        (0..count).map(|_| next()).collect()
+    }
+}

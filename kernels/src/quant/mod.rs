@@ -1,0 +1,49 @@
+//! Weights in GGUF's block formats: what they mean, and products with them as they are.
+//!
+//! A packed row is a sequence of blocks of 32 or 256 elements. [`widen()`] gives the exact f32 values, [`narrow()`] packs
+//! f32 values, and [`PackedMatrix`] multiplies without widening: activations become blocks of 32 int8 values and one
+//! scale, integer products are exact, and their sums are added in one fixed order, so that every machine and every
+//! code path (scalar, AVX2, AVX-512 VNNI) gives the same bits.
+
+mod activations;
+mod blocks;
+mod dot;
+mod matrix;
+mod narrow;
+mod packed_type;
+#[cfg(target_arch = "x86_64")]
+mod simd;
+mod widen;
+
+pub use matrix::{PackedBytes, PackedMatrix};
+pub use narrow::narrow;
+pub use packed_type::PackedType;
+pub use widen::widen;
+
+use thiserror::Error;
+
+/// Why bytes are not the packed values that they are said to be.
+#[derive(Debug, Error, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "each message is its own documentation")]
+pub enum QuantError {
+    #[error("a row of {elements} elements is not a whole number of {ty} blocks of {block}")]
+    PartialBlock {
+        ty: PackedType,
+        elements: usize,
+        block: usize,
+    },
+    #[error("{rows} rows of {cols} elements in {ty} do not fit in memory")]
+    TooLarge { ty: PackedType, rows: usize, cols: usize },
+    #[error("{rows} rows of {cols} elements in {ty} take {expected} bytes, not {found}")]
+    Length {
+        ty: PackedType,
+        rows: usize,
+        cols: usize,
+        expected: usize,
+        found: usize,
+    },
+    #[error("cannot pack f32 values into {ty}: only F32, F16, BF16, Q8_0, Q4_0 and Q4_1 are written")]
+    CannotPack { ty: PackedType },
+    #[error("`{text}` is not a packed type; known are F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K")]
+    UnknownType { text: String },
+}

@@ -1,0 +1,117 @@
+//! f32 to packed rows, rounding as ggml's reference quantisation does.
+
+use half::{bf16, f16};
+
+use super::{PackedType, QuantError};
+
+/// Packs `values` into blocks of `ty`.
+///
+/// # Errors
+///
+/// [`QuantError::CannotPack`] for types that are only read, [`QuantError::PartialBlock`] for a partial last block.
+pub fn narrow(ty: PackedType, values: &[f32]) -> Result<Vec<u8>, QuantError> {
+    let mut bytes = Vec::with_capacity(ty.row_bytes(values.len())?);
+    match ty {
+        PackedType::F32 => bytes.extend(values.iter().flat_map(|value| value.to_le_bytes())),
+        PackedType::F16 => bytes.extend(values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes())),
+        PackedType::BF16 => bytes.extend(values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes())),
+        PackedType::Q8_0 => values
+            .as_chunks()
+            .0
+            .iter()
+            .for_each(|block| narrow_q8_0(block, &mut bytes)),
+        PackedType::Q4_0 => values
+            .as_chunks()
+            .0
+            .iter()
+            .for_each(|block| narrow_q4_0(block, &mut bytes)),
+        PackedType::Q4_1 => values
+            .as_chunks()
+            .0
+            .iter()
+            .for_each(|block| narrow_q4_1(block, &mut bytes)),
+        PackedType::Q5_0 | PackedType::Q5_1 | PackedType::Q4K | PackedType::Q5K | PackedType::Q6K => {
+            return Err(QuantError::CannotPack { ty });
+        }
+    }
+    Ok(bytes)
+}
+
+fn narrow_q8_0(block: &[f32; 32], bytes: &mut Vec<u8>) {
+    let largest = block.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+    let scale = largest / 127.0;
+    let inverse = inverse_or_zero(scale);
+    bytes.extend(f16::from_f32(scale).to_le_bytes());
+    bytes.extend(
+        block
+            .iter()
+            .flat_map(|value| ((value * inverse).round() as i8).to_le_bytes()),
+    );
+}
+
+fn narrow_q4_0(block: &[f32; 32], bytes: &mut Vec<u8>) {
+    // The value of largest size, sign included, becomes exactly −8 scales: the code that has no positive twin.
+    let largest = block.iter().fold(
+        0f32,
+        |largest, value| if value.abs() > largest.abs() { *value } else { largest },
+    );
+    let scale = largest / -8.0;
+    let inverse = inverse_or_zero(scale);
+    bytes.extend(f16::from_f32(scale).to_le_bytes());
+    push_nibbles(block, |value| value * inverse + 8.5, bytes);
+}
+
+fn narrow_q4_1(block: &[f32; 32], bytes: &mut Vec<u8>) {
+    let least = block.iter().fold(f32::INFINITY, |least, value| least.min(*value));
+    let largest = block
+        .iter()
+        .fold(f32::NEG_INFINITY, |largest, value| largest.max(*value));
+    let scale = (largest - least) / 15.0;
+    let inverse = inverse_or_zero(scale);
+    bytes.extend(f16::from_f32(scale).to_le_bytes());
+    bytes.extend(f16::from_f32(least).to_le_bytes());
+    push_nibbles(block, |value| (value - least) * inverse + 0.5, bytes);
+}
+
+fn push_nibbles(block: &[f32; 32], code: impl Fn(f32) -> f32, bytes: &mut Vec<u8>) {
+    let nibble = |value| (code(value) as u8).min(15); // A cast from float saturates.
+    let (low, high) = block.split_at(16);
+    bytes.extend(low.iter().zip(high).map(|(low, high)| nibble(*low) | nibble(*high) << 4));
+}
+
+fn inverse_or_zero(scale: f32) -> f32 {
+    if scale == 0.0 { 0.0 } else { 1.0 / scale }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::widen;
+    use super::*;
+
+    #[test]
+    fn packing_is_off_by_at_most_one_step() {
+        let values: Vec<f32> = (0..256).map(|i| ((i * 37 % 101) as f32 - 50.0) / 17.0).collect();
+        // Half a step of rounding, and as much again where the code range ends or the f16 scale is rounded.
+        for (ty, step) in [
+            (PackedType::Q8_0, 3.0 / 127.0),
+            (PackedType::Q4_0, 3.0 / 8.0),
+            (PackedType::Q4_1, 6.0 / 15.0),
+        ] {
+            let bytes = narrow(ty, &values).unwrap();
+            let mut back = vec![0.0; values.len()];
+            widen(ty, &bytes, &mut back).unwrap();
+            for (value, back) in values.iter().zip(&back) {
+                assert!((value - back).abs() <= step, "{ty}: {value} became {back}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_block_of_zeros_stays_zero() {
+        for ty in [PackedType::Q8_0, PackedType::Q4_0, PackedType::Q4_1] {
+            let mut back = [1.0; 32];
+            widen(ty, &narrow(ty, &[0.0; 32]).unwrap(), &mut back).unwrap();
+            assert_eq!(back, [0.0; 32]);
+        }
+    }
+}
