@@ -225,7 +225,10 @@ mod tests {
                         // Activations within 1 are off by at most 1/254 each, with random signs; six deviations.
                         let tolerance = if ty.is_float() { 1e-5 } else { 6.0 / 254.0 / 3f64.sqrt() } * size + 1e-6;
                         let found = f64::from(out[i * rows + r]);
-                        assert!((found - exact).abs() <= tolerance, "{ty} [{rows}, {cols}]: {found} for {exact}");
+                        assert!(
+                            (found - exact).abs() <= tolerance,
+                            "{ty} [{rows}, {cols}]: {found} for {exact}"
+                        );
                     }
                 }
             }
@@ -312,7 +315,9 @@ mod tests {
     fn noise(count: usize, seed: u64) -> Vec<f32> {
         let mut state = seed;
         let mut next = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
         };
         (0..count).map(|_| next()).collect()

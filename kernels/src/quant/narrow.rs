@@ -76,7 +76,11 @@ fn narrow_q4_1(block: &[f32; 32], bytes: &mut Vec<u8>) {
 fn push_nibbles(block: &[f32; 32], code: impl Fn(f32) -> f32, bytes: &mut Vec<u8>) {
     let nibble = |value| (code(value) as u8).min(15); // A cast from float saturates.
     let (low, high) = block.split_at(16);
-    bytes.extend(low.iter().zip(high).map(|(low, high)| nibble(*low) | nibble(*high) << 4));
+    bytes.extend(
+        low.iter()
+            .zip(high)
+            .map(|(low, high)| nibble(*low) | nibble(*high) << 4),
+    );
 }
 
 fn inverse_or_zero(scale: f32) -> f32 {

@@ -399,12 +399,7 @@ unsafe fn fifth_bits(block: &[u8], at: usize) -> __m256i {
     // SAFETY: the caller has the instructions.
     unsafe {
         // Byte i of the result sees byte i / 8 of the bits, of which the mask keeps bit i % 8.
-        let pick = _mm256_set_epi64x(
-            0x0303_0303_0303_0303,
-            0x0202_0202_0202_0202,
-            0x0101_0101_0101_0101,
-            0,
-        );
+        let pick = _mm256_set_epi64x(0x0303_0303_0303_0303, 0x0202_0202_0202_0202, 0x0101_0101_0101_0101, 0);
         let mask = _mm256_set1_epi64x(i64::from_le_bytes([1, 2, 4, 8, 16, 32, 64, 128]));
         let spread = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), pick);
         let set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, mask), mask);
