@@ -2,7 +2,9 @@
 //!
 //! The worker is a child process that owns a device. Orders and answers cross its standard input and output, each as
 //! a length (u32, little-endian), postcard bytes, a payload length (u64, little-endian) and a raw payload. Large
-//! things (weights, states) are named by file; activations travel as the payload.
+//! things (weights, states) are named by file; activations travel as the payload ([`frame`]).
+
+pub mod frame;
 
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -15,7 +17,11 @@ use crate::run::{Boundary, Inner};
 /// A loaded stage, chosen by the daemon.
 pub type StageId = u32;
 
-/// One order. Answers carry the same `id`; orders are answered in the order in which they came.
+/// A loaded tokenizer with its chat template, chosen by the daemon.
+pub type TextId = u32;
+
+/// One order. Answers carry the same `id`. Orders for the device are answered in the order in which they came, and so
+/// are orders about text ([`Task::is_text`]), but neither waits for the other: words go out while a stage computes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Order {
     /// Chosen by the daemon.
@@ -190,6 +196,68 @@ pub enum Task {
         /// Tokens of one window.
         seq: u32,
     },
+    /// Load a tokenizer. Answered with [`Answer::Done`].
+    TextLoad {
+        /// Names the tokenizer from now on.
+        text: TextId,
+        /// `tokenizer.json` on this machine.
+        tokenizer_file: String,
+        /// Hugging Face `chat_template` (Jinja), where the model has one.
+        chat_template: Option<String>,
+        /// The token that begins a text, where there is one.
+        begin_token: Option<u32>,
+        /// Tokens that end a generation; the template may name the first.
+        end_tokens: Vec<u32>,
+    },
+    /// Forget a tokenizer. Answered with [`Answer::Done`].
+    TextUnload {
+        /// Which.
+        text: TextId,
+    },
+    /// Turn a prompt into tokens, with the begin token where the tokenizer adds one. Answered with
+    /// [`Answer::Tokens`].
+    Encode {
+        /// Which tokenizer.
+        text: TextId,
+        /// What to turn.
+        prompt: Prompt,
+    },
+    /// Turn tokens into text; bytes that are not UTF-8 become U+FFFD, special tokens nothing. Answered with
+    /// [`Answer::Text`].
+    Decode {
+        /// Which tokenizer.
+        text: TextId,
+        /// What to turn.
+        tokens: Vec<u32>,
+    },
+}
+
+impl Task {
+    /// Whether this order is about text, and so needs no device.
+    pub const fn is_text(&self) -> bool {
+        matches!(
+            self,
+            Self::TextLoad { .. } | Self::TextUnload { .. } | Self::Encode { .. } | Self::Decode { .. }
+        )
+    }
+}
+
+/// What a person wrote.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Prompt {
+    /// Text to go on with.
+    Plain(String),
+    /// A conversation to answer, written out by the model's chat template.
+    Chat(Vec<Message>),
+}
+
+/// One message of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// `system`, `user` or `assistant`.
+    pub role: String,
+    /// What was said.
+    pub content: String,
 }
 
 /// How weights are kept.
@@ -290,5 +358,15 @@ pub enum Answer {
     Scored {
         /// Bits per UTF-8 byte of each text.
         bits_per_byte: Vec<f32>,
+    },
+    /// A prompt as tokens.
+    Tokens {
+        /// The ids.
+        tokens: Vec<u32>,
+    },
+    /// Tokens as text.
+    Text {
+        /// The text.
+        text: String,
     },
 }
