@@ -223,7 +223,11 @@ async fn live(mut launched: Launched, number: u64, shared: &Shared, wanted: &mut
     };
     if let Some(child) = &mut launched.child {
         // A worker that ended by itself has a status to show; one that hangs is ended.
-        let patience = if killed { Duration::ZERO } else { Duration::from_millis(500) };
+        let patience = if killed {
+            Duration::ZERO
+        } else {
+            Duration::from_millis(500)
+        };
         match tokio::time::timeout(patience, child.wait()).await {
             Ok(Ok(status)) if !status.success() => reason = format!("it ended with {status}"),
             Ok(_) => {}

@@ -64,9 +64,7 @@ pub fn host<C: Engine, T: Engine>(
         } else {
             (&compute, "compute")
         };
-        engine
-            .send((order, payload))
-            .map_err(|_| HostError::Thread { name })?;
+        engine.send((order, payload)).map_err(|_| HostError::Thread { name })?;
     }
     Ok(())
 }
@@ -169,7 +167,12 @@ mod tests {
             match task {
                 Task::Hello => Ok((Answer::Done, payload)),
                 Task::Unload { stage: 13 } => panic!("stage 13"),
-                Task::Decode { .. } => Ok((Answer::Text { text: "text".to_owned() }, Vec::new())),
+                Task::Decode { .. } => Ok((
+                    Answer::Text {
+                        text: "text".to_owned(),
+                    },
+                    Vec::new(),
+                )),
                 task => Err(format!("cannot {task:?}")),
             }
         }
