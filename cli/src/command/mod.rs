@@ -1,0 +1,21 @@
+//! The verbs. Each is a module with its arguments and one function `run(&Context, Arguments)`.
+
+mod completions;
+
+use clap::Subcommand;
+
+use crate::context::Context;
+
+/// What a person can ask for.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Print a completion script for a shell
+    Completions(completions::Arguments),
+}
+
+/// Does what was asked.
+pub(crate) fn run(context: &Context, command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Completions(arguments) => completions::run(context, arguments),
+    }
+}
