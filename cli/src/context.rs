@@ -67,7 +67,11 @@ impl Context {
 
     /// Tells a person what goes on; a program hears nothing.
     pub(crate) fn say(&self, text: impl Display) -> anyhow::Result<()> {
-        if self.json { Ok(()) } else { write_all(&format!("{text}\n")) }
+        if self.json {
+            Ok(())
+        } else {
+            write_all(&format!("{text}\n"))
+        }
     }
 }
 
@@ -75,7 +79,9 @@ impl Context {
 pub(crate) fn write_all(text: &str) -> anyhow::Result<()> {
     let mut output = io::stdout().lock();
     match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).context("cannot write to standard output"),
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to standard output")
+        }
         _ => Ok(()),
     }
 }

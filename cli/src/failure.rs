@@ -75,7 +75,10 @@ mod tests {
 
     #[test]
     fn a_failure_says_what_why_and_what_to_try() {
-        let refused = std::io::Error::new(std::io::ErrorKind::ConnectionRefused, "no peer answered at 127.0.0.1:4001");
+        let refused = std::io::Error::new(
+            std::io::ErrorKind::ConnectionRefused,
+            "no peer answered at 127.0.0.1:4001",
+        );
         let error = Err::<(), _>(refused)
             .hint("does a firewall let UDP through to port 4001?")
             .context("cannot join run `tiny-stories`")
