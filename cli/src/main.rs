@@ -3,6 +3,7 @@
 // The tensor library's types nest deeper than the default limit.
 #![recursion_limit = "256"]
 
+mod client;
 mod command;
 mod context;
 mod failure;

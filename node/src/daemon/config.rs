@@ -1,0 +1,169 @@
+//! The node's configuration: `config.toml` in its folder. Every key has a unit, a default and a reason; an unknown key
+//! is refused, since a misspelled limit is no limit.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// Where a node listens, what it may use, what it does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Address of the network interface to listen on. All of them by default: peers must reach us.
+    pub listen: IpAddr,
+    /// TCP and UDP port of the control plane; 0 takes any free one. 4001 by default, as other libp2p programs.
+    pub control_port: u16,
+    /// UDP port of the data plane; 0 takes any free one. 4002 by default, beside the control plane's.
+    pub data_port: u16,
+    /// Address of the local HTTP interface. Loopback by default: it is for this machine's people.
+    pub api: SocketAddr,
+    /// Addresses at which others reach us, as multiaddrs, where we cannot know them (behind a port mapping).
+    pub external: Vec<String>,
+    /// Data-plane addresses at which others reach us, in place of what the interfaces say.
+    pub external_data: Vec<SocketAddr>,
+    /// Find members on the local network by multicast DNS.
+    pub mdns: bool,
+    /// Ask the router for port mappings.
+    pub upnp: bool,
+    /// `auto`, `cpu` or `wgpu`.
+    pub device: String,
+    /// Threads of the worker on a CPU; 0 takes one per core.
+    pub threads: u32,
+    /// Take part in training runs.
+    pub train: bool,
+    /// Serve stages of published models.
+    pub serve: bool,
+    /// The most blocks of a model to hold, for training or serving; 0 is no limit. A node that cannot hold a whole
+    /// model becomes a stage of a chain.
+    pub blocks_max: u32,
+    /// The longest context of one served session, in tokens; each reserves its KV cache in full.
+    pub context_tokens_max: u32,
+    /// Sessions served at once.
+    pub sessions_max: u32,
+    /// When this node may work.
+    pub contribute: Contribute,
+}
+
+/// When a node may work: its owner's own work comes first.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Contribute {
+    /// Local times of day in which the node may work, such as `"19:00-07:30"`; empty means always.
+    pub windows: Vec<String>,
+    /// Yield while other processes load the machine by more than so many percent of its cores; 0 never yields. Off by
+    /// default: a server shared by schedulers sets it.
+    pub load_percent_max: u32,
+    /// Yield while a foreign process holds memory on the device.
+    pub yield_to_device_processes: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            control_port: 4001,
+            data_port: 4002,
+            api: SocketAddr::from((Ipv4Addr::LOCALHOST, 8399)),
+            external: Vec::new(),
+            external_data: Vec::new(),
+            mdns: true,
+            upnp: false,
+            device: "auto".into(),
+            threads: 0,
+            train: true,
+            serve: true,
+            blocks_max: 0,
+            context_tokens_max: 4096,
+            sessions_max: 8,
+            contribute: Contribute::default(),
+        }
+    }
+}
+
+impl Default for Contribute {
+    fn default() -> Self {
+        Self { windows: Vec::new(), load_percent_max: 0, yield_to_device_processes: true }
+    }
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file is there and cannot be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not what it should be.
+    #[error("{path} is not a configuration: {reason}")]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// Line, key and reason, in the parser's words.
+        reason: String,
+    },
+}
+
+impl Config {
+    /// Reads `config.toml` in `home`; without the file everything has its default.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`] for an unreadable file, an unknown key, or a value of the wrong kind.
+    pub fn load(home: &Path) -> Result<Self, ConfigError> {
+        let path = home.join("config.toml");
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(source) => return Err(ConfigError::Read { path, source }),
+        };
+        let config: Self = toml::from_str(&text)
+            .map_err(|error| ConfigError::Malformed { path: path.clone(), reason: error.to_string() })?;
+        match config.device.as_str() {
+            "auto" | "cpu" | "wgpu" => Ok(config),
+            other => Err(ConfigError::Malformed {
+                path,
+                reason: format!("device = \"{other}\" is none of \"auto\", \"cpu\", \"wgpu\""),
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_file_everything_has_its_default() {
+        let home = tempfile::tempdir().expect("a folder");
+        assert_eq!(Config::load(home.path()).expect("defaults"), Config::default());
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_by_name() {
+        let home = tempfile::tempdir().expect("a folder");
+        std::fs::write(home.path().join("config.toml"), "blocks_maximum = 3\n").expect("written");
+        let error = Config::load(home.path()).expect_err("refused").to_string();
+        assert!(error.contains("blocks_maximum"), "{error}");
+    }
+
+    #[test]
+    fn a_device_that_does_not_exist_is_refused() {
+        let home = tempfile::tempdir().expect("a folder");
+        std::fs::write(home.path().join("config.toml"), "device = \"tpu\"\n").expect("written");
+        assert!(Config::load(home.path()).expect_err("refused").to_string().contains("tpu"));
+    }
+
+    #[test]
+    fn what_is_written_is_what_is_read() {
+        let home = tempfile::tempdir().expect("a folder");
+        let config = Config { blocks_max: 2, control_port: 0, ..Config::default() };
+        std::fs::write(home.path().join("config.toml"), toml::to_string(&config).expect("text")).expect("written");
+        assert_eq!(Config::load(home.path()).expect("read"), config);
+    }
+}
