@@ -109,7 +109,10 @@ impl Client {
 /// Reads a JSON answer, or the reason of a failure from its body.
 fn read<T: DeserializeOwned>(mut response: ureq::http::Response<ureq::Body>, path: &str) -> anyhow::Result<T> {
     let status = response.status();
-    let text = response.body_mut().read_to_string().with_context(|| format!("the answer to {path} broke off"))?;
+    let text = response
+        .body_mut()
+        .read_to_string()
+        .with_context(|| format!("the answer to {path} broke off"))?;
     if status.is_success() {
         return serde_json::from_str(&text)
             .with_context(|| format!("the answer to {path} is not what this program expects"))

@@ -84,7 +84,11 @@ impl Default for Config {
 
 impl Default for Contribute {
     fn default() -> Self {
-        Self { windows: Vec::new(), load_percent_max: 0, yield_to_device_processes: true }
+        Self {
+            windows: Vec::new(),
+            load_percent_max: 0,
+            yield_to_device_processes: true,
+        }
     }
 }
 
@@ -122,8 +126,10 @@ impl Config {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
             Err(source) => return Err(ConfigError::Read { path, source }),
         };
-        let config: Self = toml::from_str(&text)
-            .map_err(|error| ConfigError::Malformed { path: path.clone(), reason: error.to_string() })?;
+        let config: Self = toml::from_str(&text).map_err(|error| ConfigError::Malformed {
+            path: path.clone(),
+            reason: error.to_string(),
+        })?;
         match config.device.as_str() {
             "auto" | "cpu" | "wgpu" => Ok(config),
             other => Err(ConfigError::Malformed {
@@ -156,13 +162,22 @@ mod tests {
     fn a_device_that_does_not_exist_is_refused() {
         let home = tempfile::tempdir().expect("a folder");
         std::fs::write(home.path().join("config.toml"), "device = \"tpu\"\n").expect("written");
-        assert!(Config::load(home.path()).expect_err("refused").to_string().contains("tpu"));
+        assert!(
+            Config::load(home.path())
+                .expect_err("refused")
+                .to_string()
+                .contains("tpu")
+        );
     }
 
     #[test]
     fn what_is_written_is_what_is_read() {
         let home = tempfile::tempdir().expect("a folder");
-        let config = Config { blocks_max: 2, control_port: 0, ..Config::default() };
+        let config = Config {
+            blocks_max: 2,
+            control_port: 0,
+            ..Config::default()
+        };
         std::fs::write(home.path().join("config.toml"), toml::to_string(&config).expect("text")).expect("written");
         assert_eq!(Config::load(home.path()).expect("read"), config);
     }

@@ -21,7 +21,10 @@ pub struct LocalApi {
 // The token stays out of logs.
 impl std::fmt::Debug for LocalApi {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("LocalApi").field("address", &self.address).field("process", &self.process).finish_non_exhaustive()
+        f.debug_struct("LocalApi")
+            .field("address", &self.address)
+            .field("process", &self.process)
+            .finish_non_exhaustive()
     }
 }
 
