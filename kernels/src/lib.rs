@@ -1,4 +1,7 @@
-//! What Polder computes: models, weights, stages, training, on burn.
+//! What Polder computes: models, weights, stages, training. On burn where there is a device to choose or a gradient to
+//! take, as plain loops over slices where one CPU answers one person.
+//!
+//! See docs/src/architecture.md for the place of this package.
 
 pub mod device;
 pub mod model;
