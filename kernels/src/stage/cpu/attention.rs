@@ -1,0 +1,278 @@
+//! Causal attention over a cache, with grouped queries.
+//!
+//! Keys are kept turned, `[kv_heads, head_dim, capacity]`, so that scores of 16 positions are made at once; values are
+//! kept `[kv_heads, capacity, head_dim]`. Each query's sums run over dimensions and positions in order, whether one
+//! position is asked or many.
+
+use rayon::prelude::*;
+
+use super::elementwise::softmax;
+use super::lanes::{Lanes, Level, on_every_level};
+
+/// Queries of one key-value head that are worked on together.
+const ROWS: usize = 4;
+
+/// Keys and values of one block for one session.
+#[derive(Debug)]
+pub(super) struct Cache {
+    shape: Shape,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+/// The sizes of a cache.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Shape {
+    /// Query heads.
+    pub(super) heads: usize,
+    /// Key-value heads.
+    pub(super) kv_heads: usize,
+    /// Width of a head; even.
+    pub(super) head_dim: usize,
+    /// Positions; a multiple of 16.
+    pub(super) capacity: usize,
+}
+
+impl Cache {
+    /// An empty cache; `None` where there is no memory for it.
+    pub(super) fn new(shape: Shape) -> Option<Self> {
+        let elements = shape.kv_heads * shape.head_dim * shape.capacity;
+        let zeros = || {
+            let mut room = Vec::new();
+            room.try_reserve_exact(elements).ok()?;
+            room.resize(elements, 0.0);
+            Some(room)
+        };
+        Some(Self {
+            shape,
+            keys: zeros()?,
+            values: zeros()?,
+        })
+    }
+
+    /// Writes rotated keys and values `[n, kv_heads, head_dim]` from `position` on.
+    pub(super) fn write(&mut self, position: usize, keys: &[f32], values: &[f32]) {
+        let Shape {
+            kv_heads,
+            head_dim,
+            capacity,
+            ..
+        } = self.shape;
+        let rows = keys.chunks_exact(head_dim).zip(values.chunks_exact(head_dim));
+        for (row, (key, value)) in rows.enumerate() {
+            let (at, head) = (position + row / kv_heads, row % kv_heads);
+            for (dimension, key) in key.iter().enumerate() {
+                self.keys[(head * head_dim + dimension) * capacity + at] = *key;
+            }
+            self.values[(head * capacity + at) * head_dim..][..head_dim].copy_from_slice(value);
+        }
+    }
+
+    /// Attends from `n` positions `position ..`, whose keys and values are written.
+    ///
+    /// # Shapes
+    ///
+    /// - `q`, `out`: `[n, heads, head_dim]`
+    pub(super) fn attend(&self, position: usize, q: &[f32], out: &mut [f32]) {
+        let Shape {
+            heads,
+            kv_heads,
+            head_dim,
+            ..
+        } = self.shape;
+        let group = heads / kv_heads;
+        let n = q.len() / (heads * head_dim);
+        // A row is a query of one head; the rows of one position and one key-value head lie side by side.
+        let work = n * (position + n) * heads * head_dim;
+        let one = |(row, out): (usize, &mut [f32])| {
+            let (i, kv) = (row / kv_heads, row % kv_heads);
+            self.attend_group(
+                position + i + 1,
+                kv,
+                &q[row * group * head_dim..][..group * head_dim],
+                out,
+            );
+        };
+        if work < 200_000 {
+            out.chunks_exact_mut(group * head_dim).enumerate().for_each(one);
+        } else {
+            out.par_chunks_exact_mut(group * head_dim).enumerate().for_each(one);
+        }
+    }
+
+    /// All heads of one group at one position that sees `visible` positions.
+    fn attend_group(&self, visible: usize, kv: usize, q: &[f32], out: &mut [f32]) {
+        let Shape { head_dim, capacity, .. } = self.shape;
+        let level = Level::best();
+        let keys = &self.keys[kv * head_dim * capacity..][..head_dim * capacity];
+        let values = &self.values[kv * capacity * head_dim..][..capacity * head_dim];
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let padded = visible.next_multiple_of(16);
+        let mut scores = vec![0.0; ROWS * padded];
+        let rows = q.chunks(ROWS * head_dim).zip(out.chunks_mut(ROWS * head_dim));
+        for (q, out) in rows {
+            let many = q.len() / head_dim;
+            // SAFETY: `q` is [many, head_dim]; the turned keys are [head_dim, capacity] with capacity a multiple of 16,
+            // so `padded` columns are there; scores have room for [many, padded].
+            unsafe {
+                let (q, keys, scores) = (q.as_ptr(), keys.as_ptr(), scores.as_mut_ptr());
+                mix(
+                    level, q, head_dim, many, head_dim, keys, capacity, padded, scores, padded,
+                );
+            }
+            for scores in scores.chunks_exact_mut(padded).take(many) {
+                let scores = &mut scores[..visible];
+                scores.iter_mut().for_each(|score| *score *= scale);
+                softmax(scores);
+            }
+            // SAFETY: scores are [many, padded], values [capacity, head_dim] with capacity at least `visible`, and out
+            // is [many, head_dim].
+            unsafe {
+                let (scores, values, out) = (scores.as_ptr(), values.as_ptr(), out.as_mut_ptr());
+                mix(
+                    level, scores, padded, many, visible, values, head_dim, head_dim, out, head_dim,
+                );
+            }
+        }
+    }
+}
+
+on_every_level! {
+    /// `out[r, c] = Σ_t weights[r, t] · rows[t, c]` for `many` r, `terms` t and `columns` c, with the given strides.
+    #[expect(clippy::too_many_arguments, reason = "a kernel's arguments are plain numbers and pointers")]
+    unsafe fn mix(
+        weights: *const f32, weights_stride: usize, many: usize, terms: usize,
+        rows: *const f32, rows_stride: usize, columns: usize, out: *mut f32, out_stride: usize,
+    ) = mix_body
+}
+
+#[inline(always)]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "a kernel's arguments are plain numbers and pointers"
+)]
+unsafe fn mix_body<L: Lanes>(
+    weights: *const f32,
+    weights_stride: usize,
+    many: usize,
+    terms: usize,
+    rows: *const f32,
+    rows_stride: usize,
+    columns: usize,
+    out: *mut f32,
+    out_stride: usize,
+) {
+    // SAFETY: the caller gives matrices of these sizes; `panel` reads and writes whole vectors within `columns` only,
+    // and the last columns are done one by one.
+    unsafe {
+        let mut row = 0;
+        while row < many {
+            let weights = weights.add(row * weights_stride);
+            let out = out.add(row * out_stride);
+            let whole = columns - columns % 16;
+            let pairs = columns - columns % 32;
+            macro_rules! panels {
+                ($rows:literal) => {{
+                    let mut column = 0;
+                    while column < pairs {
+                        let (rows, out) = (rows.add(column), out.add(column));
+                        panel::<L, $rows, 2>(weights, weights_stride, terms, rows, rows_stride, out, out_stride);
+                        column += 32;
+                    }
+                    while column < whole {
+                        let (rows, out) = (rows.add(column), out.add(column));
+                        panel::<L, $rows, 1>(weights, weights_stride, terms, rows, rows_stride, out, out_stride);
+                        column += 16;
+                    }
+                    for column in whole..columns {
+                        for r in 0..$rows {
+                            let mut sum = 0.0f32;
+                            for term in 0..terms {
+                                let weight = *weights.add(r * weights_stride + term);
+                                sum = weight.mul_add(*rows.add(term * rows_stride + column), sum);
+                            }
+                            *out.add(r * out_stride + column) = sum;
+                        }
+                    }
+                    row += $rows;
+                }};
+            }
+            match many - row {
+                4.. => panels!(4),
+                3 => panels!(3),
+                2 => panels!(2),
+                _ => panels!(1),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn panel<L: Lanes, const R: usize, const C: usize>(
+    weights: *const f32,
+    weights_stride: usize,
+    terms: usize,
+    rows: *const f32,
+    rows_stride: usize,
+    out: *mut f32,
+    out_stride: usize,
+) {
+    // SAFETY: the caller gives `R` rows of weights, `terms` rows of `16 · C` elements and room for the result.
+    unsafe {
+        let mut sums = [[L::splat(0.0); C]; R];
+        for term in 0..terms {
+            let mut values = [L::splat(0.0); C];
+            for c in 0..C {
+                values[c] = L::load(rows.add(term * rows_stride + c * 16));
+            }
+            for r in 0..R {
+                let weight = L::splat(*weights.add(r * weights_stride + term));
+                for c in 0..C {
+                    sums[r][c] = L::multiply_add(weight, values[c], sums[r][c]);
+                }
+            }
+        }
+        for r in 0..R {
+            for c in 0..C {
+                L::store(out.add(r * out_stride + c * 16), sums[r][c]);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attention_meets_the_plain_loop_for_odd_shapes() {
+        let cases: [(usize, usize, usize, usize, usize); 5] = [
+            (1, 1, 2, 1, 1),
+            (4, 2, 16, 17, 17),
+            (9, 3, 64, 40, 5),
+            (5, 1, 22, 33, 3),
+            (8, 2, 48, 100, 1),
+        ];
+        for (heads, kv_heads, head_dim, positions, n) in cases {
+            let make = |count: usize, salt: f32| (0..count).map(|i| (i as f32 * salt).sin()).collect::<Vec<f32>>();
+            let shape = Shape {
+                heads,
+                kv_heads,
+                head_dim,
+                capacity: positions.next_multiple_of(16),
+            };
+            let q = make(n * heads * head_dim, 0.37);
+            let (k, v) = (
+                make(positions * kv_heads * head_dim, 0.61),
+                make(positions * kv_heads * head_dim, 0.83),
+            );
+            let (mut out, mut right) = (vec![0.0; q.len()], vec![0.0; q.len()]);
+            let mut cache = Cache::new(shape).unwrap();
+            cache.write(0, &k, &v);
+            cache.attend(positions - n, &q, &mut out);
+            polder_reference::attention(&mut right, &q, &k, &v, heads, kv_heads, head_dim);
+            let error = out.iter().zip(&right).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(error < 1e-5, "{heads} {kv_heads} {head_dim}: {error}");
+        }
+    }
+}

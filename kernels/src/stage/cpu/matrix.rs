@@ -1,0 +1,85 @@
+//! A weight as it is kept: widened, or packed.
+
+use super::product::{Plain, Product, multiply};
+use crate::quant::{PackedMatrix, PackedType};
+
+/// A weight `[rows, cols]` = `[out, in]`.
+#[derive(Debug)]
+pub(in crate::stage) enum Matrix {
+    /// In f32.
+    Plain(PlainMatrix),
+    /// As in its file.
+    Packed(PackedMatrix),
+}
+
+/// A weight in f32.
+#[derive(Debug)]
+pub(in crate::stage) struct PlainMatrix(Plain);
+
+impl Matrix {
+    /// Widens.
+    pub(in crate::stage) fn widened(packed: &PackedMatrix) -> Self {
+        Self::Plain(PlainMatrix(Plain {
+            rows: packed.rows(),
+            cols: packed.cols(),
+            data: packed.widen(),
+        }))
+    }
+
+    /// Keeps what is packed; f32 is not.
+    pub(in crate::stage) fn as_stored(packed: PackedMatrix) -> Self {
+        match packed.ty() {
+            PackedType::F32 => Self::widened(&packed),
+            _ => Self::Packed(packed),
+        }
+    }
+
+    /// Outputs.
+    pub(in crate::stage) fn rows(&self) -> usize {
+        match self {
+            Self::Plain(plain) => plain.0.rows,
+            Self::Packed(packed) => packed.rows(),
+        }
+    }
+
+    /// Bytes that the weight takes.
+    pub(in crate::stage) fn bytes(&self) -> u64 {
+        let bytes = match self {
+            Self::Plain(plain) => plain.0.data.len() * 4,
+            Self::Packed(packed) => packed.bytes().len(),
+        };
+        bytes as u64
+    }
+
+    /// Writes row `row`, such as a token's embedding.
+    pub(super) fn row(&self, row: usize, out: &mut [f32]) {
+        match self {
+            Self::Plain(PlainMatrix(plain)) => out.copy_from_slice(&plain.data[row * plain.cols..][..plain.cols]),
+            Self::Packed(packed) => packed.widen_row(row, out),
+        }
+    }
+
+    /// All values, row-major.
+    pub(in crate::stage) fn values(&self) -> Vec<f32> {
+        match self {
+            Self::Plain(plain) => plain.0.data.clone(),
+            Self::Packed(packed) => packed.widen(),
+        }
+    }
+}
+
+/// `out[i, r] = Σ_c w[r, c] · x[i, c]` for each weight and its `out`.
+///
+/// # Shapes
+///
+/// - `x`: `[n, cols]`, every `out`: `[n, rows]`, row-major
+pub(super) fn products<const COUNT: usize>(x: &[f32], n: usize, pairs: [(&Matrix, &mut [f32]); COUNT]) {
+    let mut plain = Vec::with_capacity(COUNT);
+    for (matrix, out) in pairs {
+        match matrix {
+            Matrix::Plain(PlainMatrix(weight)) => plain.push(Product { weight, out }),
+            Matrix::Packed(packed) => packed.multiply(x, n, out),
+        }
+    }
+    multiply(x, n, &mut plain);
+}

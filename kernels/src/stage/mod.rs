@@ -1,0 +1,295 @@
+//! Consecutive blocks of a model, loaded for serving: sessions, their caches, and the forward pass.
+
+mod cpu;
+mod weights;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use polder_protocol::layout::BlockRange;
+use polder_protocol::work::Weights;
+use thiserror::Error;
+
+use crate::device::Device;
+use crate::model::{Config, ConfigError, layout};
+use cpu::{Engine, Sequence};
+use weights::StageWeights;
+
+/// Sessions that one stage keeps at most.
+pub const SESSIONS_MAX: usize = 1_024;
+
+/// Why a stage was not loaded, or did not run. Nothing has changed then.
+#[derive(Debug, Clone, Error, PartialEq)]
+#[expect(missing_docs, reason = "each message is its own documentation")]
+pub enum StageError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("blocks {first} to {end} are not a range of a model of {blocks} blocks")]
+    Range { first: u32, end: u32, blocks: u32 },
+    #[error("the stage takes {expected} part files, not {found}")]
+    PartCount { expected: usize, found: usize },
+    #[error("part file {file}: {reason}")]
+    File { file: String, reason: String },
+    #[error("no session {session} is open")]
+    NoSession { session: u64 },
+    #[error("{SESSIONS_MAX} sessions are open, which is the limit")]
+    Full,
+    #[error("{context} tokens of context exceed the model's {max}")]
+    Context { context: u32, max: u32 },
+    #[error("a cache of {bytes} bytes exceeds the {free} that are left for sessions")]
+    Memory { bytes: u64, free: u64 },
+    #[error("the session has {reached} positions; none can start at {position}")]
+    Gap { position: u32, reached: u32 },
+    #[error("{count} positions from {position} exceed the session's {room}")]
+    Room { position: u32, count: usize, room: u32 },
+    #[error("token {token} is not below {vocabulary}")]
+    Token { token: u32, vocabulary: usize },
+    #[error("an input of {values} values is not a positive number of rows of {hidden}")]
+    Input { values: usize, hidden: usize },
+    #[error("this stage takes {takes}")]
+    Kind { takes: &'static str },
+    #[error("the input holds numbers that are not finite")]
+    NotFinite,
+}
+
+/// What goes into a stage.
+#[derive(Debug, Clone, Copy)]
+pub enum Input<'a> {
+    /// Token ids: a stage with the embedding.
+    Tokens(&'a [u32]),
+    /// Activations `[seq, hidden]`: any other stage.
+    Hidden(&'a [f32]),
+}
+
+/// What is wanted of a stage with the head. Any other stage gives [`Output::Hidden`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Want {
+    /// Activations before the final norm.
+    Hidden,
+    /// Logits of the last position, `[vocabulary]`.
+    LastLogits,
+    /// Logits of all positions, `[seq, vocabulary]`.
+    AllLogits,
+}
+
+/// What comes out of a stage.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Output {
+    /// Activations `[seq, hidden]`.
+    Hidden(Vec<f32>),
+    /// `[vocabulary]` or `[seq, vocabulary]`.
+    Logits(Vec<f32>),
+}
+
+/// Consecutive blocks of a model, with a cache of keys and values for each session.
+///
+/// Positions give the same bits whether they come singly or together.
+#[derive(Debug)]
+pub struct ServeStage {
+    config: Config,
+    range: BlockRange,
+    engine: Engine,
+    sessions: BTreeMap<u64, Session>,
+    cache_bytes: u64,
+    cache_bytes_max: u64,
+}
+
+#[derive(Debug)]
+struct Session {
+    room: u32,
+    reached: u32, // At most `room`.
+    sequence: Sequence,
+    bytes: u64,
+}
+
+impl ServeStage {
+    /// Loads `range` from its part files, in the order of parts.
+    ///
+    /// The last stage of a model whose projection is its embedding needs it too, unless it is also the first: the head's
+    /// file holds it as `lm_head.weight` or `model.embed_tokens.weight`, or the embedding's file is given after the rest.
+    ///
+    /// # Errors
+    ///
+    /// [`StageError`] names the configuration key, file and tensor that is at fault.
+    pub fn load<P: AsRef<Path>>(
+        config_json: &str,
+        range: BlockRange,
+        part_files: &[P],
+        weights: Weights,
+        device: &Device,
+    ) -> Result<Self, StageError> {
+        let config = Config::from_json(config_json)?;
+        if !range.fits(config.blocks) {
+            return Err(StageError::Range {
+                first: range.first,
+                end: range.end,
+                blocks: config.blocks,
+            });
+        }
+        let read = StageWeights::read(&config, &layout(&config), range, part_files, weights)?;
+        Ok(Self {
+            engine: Engine::new(config.clone(), range, read),
+            config,
+            range,
+            sessions: BTreeMap::new(),
+            cache_bytes: 0,
+            cache_bytes_max: device.cache_bytes_max(),
+        })
+    }
+
+    /// Bytes that the weights take.
+    pub fn weight_bytes(&self) -> u64 {
+        self.engine.bytes()
+    }
+
+    /// Width of the activations.
+    pub fn hidden(&self) -> usize {
+        self.config.hidden
+    }
+
+    /// What the model is.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Which blocks.
+    pub fn range(&self) -> BlockRange {
+        self.range
+    }
+
+    /// Whether [`ServeStage::forward`] takes tokens.
+    pub fn has_embedding(&self) -> bool {
+        self.range.has_embedding()
+    }
+
+    /// Whether [`ServeStage::forward`] can give logits.
+    pub fn has_head(&self) -> bool {
+        self.range.has_head(self.config.blocks)
+    }
+
+    /// Sets how many bytes the caches of all sessions may take together.
+    pub fn set_cache_bytes_max(&mut self, bytes: u64) {
+        self.cache_bytes_max = bytes;
+    }
+
+    /// Reserves a cache. A session that is open already starts anew.
+    ///
+    /// # Errors
+    ///
+    /// [`StageError::Context`], [`StageError::Memory`] or [`StageError::Full`].
+    pub fn open_session(&mut self, session: u64, context_tokens_max: u32) -> Result<(), StageError> {
+        let max = self.config.context_tokens_max;
+        if context_tokens_max == 0 || context_tokens_max > max {
+            return Err(StageError::Context {
+                context: context_tokens_max,
+                max,
+            });
+        }
+        self.close_session(session);
+        if self.sessions.len() >= SESSIONS_MAX {
+            return Err(StageError::Full);
+        }
+        let bytes = self.session_bytes(context_tokens_max);
+        let free = self.cache_bytes_max.saturating_sub(self.cache_bytes);
+        if bytes > free {
+            return Err(StageError::Memory { bytes, free });
+        }
+        let Some(sequence) = self.engine.sequence(context_tokens_max as usize) else {
+            return Err(StageError::Memory { bytes, free: 0 });
+        };
+        self.cache_bytes += bytes;
+        let session_state = Session {
+            room: context_tokens_max,
+            reached: 0,
+            sequence,
+            bytes,
+        };
+        self.sessions.insert(session, session_state);
+        Ok(())
+    }
+
+    /// Frees a cache, if there is one.
+    pub fn close_session(&mut self, session: u64) {
+        if let Some(session) = self.sessions.remove(&session) {
+            self.cache_bytes -= session.bytes;
+        }
+    }
+
+    /// Runs positions `position ..` of a session. What the cache holds from `position` on is forgotten first.
+    ///
+    /// # Errors
+    ///
+    /// [`StageError`]; the cache is as before.
+    pub fn forward(&mut self, session: u64, position: u32, input: Input<'_>, want: Want) -> Result<Output, StageError> {
+        let count = self.check(input)?;
+        let state = self
+            .sessions
+            .get_mut(&session)
+            .ok_or(StageError::NoSession { session })?;
+        if position > state.reached {
+            return Err(StageError::Gap {
+                position,
+                reached: state.reached,
+            });
+        }
+        let end = u32::try_from(count).ok().and_then(|count| position.checked_add(count));
+        let Some(end) = end.filter(|end| *end <= state.room) else {
+            return Err(StageError::Room {
+                position,
+                count,
+                room: state.room,
+            });
+        };
+        state.reached = end;
+        let (engine, sequence) = (&self.engine, &mut state.sequence);
+        // In a thread of the pool, so that each product need not enter it anew.
+        Ok(rayon::scope(|_| {
+            engine.forward(sequence, position as usize, input, want)
+        }))
+    }
+
+    /// The number of positions of a valid input.
+    fn check(&self, input: Input<'_>) -> Result<usize, StageError> {
+        let hidden = self.config.hidden;
+        match input {
+            Input::Tokens(tokens) => {
+                if !self.has_embedding() {
+                    return Err(StageError::Kind { takes: "activations" });
+                }
+                let vocabulary = self.config.vocabulary;
+                if let Some(token) = tokens.iter().find(|token| **token as usize >= vocabulary) {
+                    return Err(StageError::Token {
+                        token: *token,
+                        vocabulary,
+                    });
+                }
+                match tokens.len() {
+                    0 => Err(StageError::Input { values: 0, hidden: 1 }),
+                    count => Ok(count),
+                }
+            }
+            Input::Hidden(values) => {
+                if self.has_embedding() {
+                    return Err(StageError::Kind { takes: "tokens" });
+                }
+                if values.is_empty() || values.len() % hidden != 0 {
+                    return Err(StageError::Input {
+                        values: values.len(),
+                        hidden,
+                    });
+                }
+                if !values.iter().all(|value| value.is_finite()) {
+                    return Err(StageError::NotFinite);
+                }
+                Ok(values.len() / hidden)
+            }
+        }
+    }
+
+    /// Bytes of a cache for so many tokens.
+    pub fn session_bytes(&self, context_tokens_max: u32) -> u64 {
+        let blocks = u64::from(self.range.end - self.range.first);
+        let width = (self.config.kv_heads * self.config.head_dim) as u64;
+        u64::from(context_tokens_max).next_multiple_of(16) * blocks * width * 2 * 4
+    }
+}
