@@ -1,1 +1,22 @@
-//! See docs/src/architecture.md.
+//! The data plane: blobs and activations over QUIC, between nodes that have shown who they are.
+//!
+//! One UDP port, mutual TLS bound to the node's ed25519 key, and a greeting in which both ends show their credentials
+//! before anything else is answered. Each pair of peers keeps two connections: [`Class::Act`] for what somebody waits
+//! for, [`Class::Bulk`] for what is large, so that neither holds up the other.
+
+mod blobs;
+mod error;
+mod frames;
+mod greeting;
+mod links;
+mod plane;
+mod settings;
+mod tls;
+mod traffic;
+
+pub use blobs::{BlobError, BlobStore, Fetch, FetchError, Keep, Progress};
+pub use error::{DataError, StreamEnd};
+pub use frames::{FrameReceiver, FrameSender};
+pub use plane::{DataPlane, IncomingStream};
+pub use settings::{Class, DataConfig, Service};
+pub use traffic::PeerTraffic;
