@@ -8,6 +8,7 @@ pub mod store;
 pub mod control;
 pub mod data;
 pub mod gate;
+pub mod members;
 
 // The device's process, and when it may work.
 pub mod contribute;
