@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use polder_protocol::hash::NodeId;
+use tokio::time::Instant;
 
-use super::error::Closing;
+use super::error::{Closing, DataError};
 use super::greeting::{Greeted, close};
 use super::settings::{Class, LINKS_PER_PEER_MAX};
 use super::traffic::Counter;
@@ -46,12 +47,15 @@ impl Link {
 
 type Key = (NodeId, Class);
 
+/// Held while dialling. It keeps the last failure, for those who waited for that very dial.
+pub(super) type Dialling = Arc<tokio::sync::Mutex<Option<(Instant, DataError)>>>;
+
 /// All links. At most [`LINKS_PER_PEER_MAX`] of each class for each admitted peer.
 #[derive(Debug, Default)]
 pub(super) struct Links {
     standing: Mutex<BTreeMap<Key, Vec<Arc<Link>>>>,
     // Held while dialling, so that callers who want the same link wait for one dial.
-    dialling: Mutex<BTreeMap<Key, Arc<tokio::sync::Mutex<()>>>>,
+    dialling: Mutex<BTreeMap<Key, Dialling>>,
 }
 
 impl Links {
@@ -93,7 +97,7 @@ impl Links {
     }
 
     /// The lock that a dialler of this link holds.
-    pub(super) fn dialling(&self, peer: NodeId, class: Class) -> Arc<tokio::sync::Mutex<()>> {
+    pub(super) fn dialling(&self, peer: NodeId, class: Class) -> Dialling {
         let mut dialling = self.dialling.lock().unwrap_or_else(PoisonError::into_inner);
         // Locks that nobody holds are of no use any more.
         dialling.retain(|_, lock| Arc::strong_count(lock) > 1);

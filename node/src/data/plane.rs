@@ -11,7 +11,7 @@ use futures::stream::FuturesUnordered;
 use polder_protocol::hash::NodeId;
 use quinn::{Connection, Endpoint, Incoming, RecvStream, SendStream, VarInt};
 use tokio::sync::{Semaphore, mpsc};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -31,7 +31,7 @@ use crate::gate::{AddressBook, Admitted, Gate};
 /// The name in the TLS handshake. Who answers is told by the key, so the name means nothing.
 const SERVER_NAME: &str = "polder";
 
-/// The data plane of one node. Clones are the same plane.
+/// The data plane of one node. Clones are the same plane; it answers until [`DataPlane::shutdown`].
 #[derive(Clone)]
 pub struct DataPlane {
     pub(super) inner: Arc<Inner>,
@@ -328,12 +328,18 @@ impl DataPlane {
         if let Some(link) = self.inner.links.find(peer, class) {
             return Ok(link);
         }
+        let asked_at = Instant::now();
         let lock = self.inner.links.dialling(peer, class);
-        let _dialling = lock.lock().await;
+        let mut last = lock.lock().await;
         if let Some(link) = self.inner.links.find(peer, class) {
             return Ok(link);
         }
-        self.dial(peer, class, addresses).await
+        if let Some((_, error)) = last.as_ref().filter(|(at, _)| *at > asked_at) {
+            return Err(error.clone());
+        }
+        let dialled = self.dial(peer, class, addresses).await;
+        *last = dialled.as_ref().err().map(|error| (Instant::now(), error.clone()));
+        dialled
     }
 
     /// Tries all addresses, the better ones with a head start; the first that answers as `peer` wins.

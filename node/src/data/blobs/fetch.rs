@@ -83,9 +83,15 @@ struct Job {
 /// The fetches of a node that run, by blob.
 #[derive(Debug)]
 pub(in crate::data) struct Fetches {
-    // The number tells a job from a later one for the same blob.
-    jobs: Mutex<(u64, BTreeMap<BlobId, (u64, Weak<Job>)>)>,
+    jobs: Mutex<Jobs>,
     slots: Semaphore,
+}
+
+#[derive(Debug, Default)]
+struct Jobs {
+    started: u64,
+    // The number tells a job from a later one for the same blob.
+    running: BTreeMap<BlobId, (u64, Weak<Job>)>,
 }
 
 impl Default for Fetches {
@@ -133,13 +139,13 @@ impl DataPlane {
     /// Begins a fetch, or joins the one that runs and adds `sources` to it.
     pub fn start_fetch(&self, blob: BlobId, sources: &[NodeId]) -> Fetch {
         let mut jobs = self.inner.fetches.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(job) = jobs.1.get(&blob).and_then(|(_, job)| job.upgrade()) {
+        if let Some(job) = jobs.running.get(&blob).and_then(|(_, job)| job.upgrade()) {
             // A full queue means that many sources have just been added.
             job.sources.try_send(sources.to_vec()).ok();
             return Fetch { blob, job };
         }
-        jobs.0 += 1;
-        let number = jobs.0;
+        jobs.started += 1;
+        let number = jobs.started;
         let (source_sender, source_receiver) = mpsc::channel(16);
         source_sender.try_send(sources.to_vec()).ok();
         let (progress_sender, progress) = watch::channel(Progress::default());
@@ -152,7 +158,7 @@ impl DataPlane {
             result,
             _stop: stop.drop_guard(),
         });
-        jobs.1.insert(blob, (number, Arc::downgrade(&job)));
+        jobs.running.insert(blob, (number, Arc::downgrade(&job)));
         drop(jobs);
         self.spawn(move |plane| async move {
             let result = tokio::select! {
@@ -161,8 +167,8 @@ impl DataPlane {
             };
             // First out of the list, so that whoever asks after a failure begins anew.
             let mut jobs = plane.inner.fetches.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-            if jobs.1.get(&blob).is_some_and(|(other, _)| *other == number) {
-                jobs.1.remove(&blob);
+            if jobs.running.get(&blob).is_some_and(|(other, _)| *other == number) {
+                jobs.running.remove(&blob);
             }
             drop(jobs);
             result_sender.send_replace(result);
@@ -430,7 +436,8 @@ impl Fetching<'_> {
         let limit = self.plane.inner.config.fetch.sources_max;
         for source in sources {
             let known = self.sources.contains_key(source);
-            if !known && self.sources.len() < limit && *source != self.plane.node() {
+            let present = self.sources.values().filter(|source| !source.given_up).count();
+            if !known && present < limit && *source != self.plane.node() {
                 self.watch(*source, None);
             }
         }

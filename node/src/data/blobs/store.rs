@@ -144,6 +144,7 @@ impl BlobStore {
         if !self.has(id) {
             self.keep_manifest(id, &manifest)?;
             self.write_whole(&self.blob_path(id), |file| file.write_all(bytes))?;
+            self.flush_folder()?;
         }
         Ok(id)
     }
@@ -172,6 +173,7 @@ impl BlobStore {
             // A struct of a string and two integers always encodes.
             let link = postcard::to_allocvec(&link).unwrap_or_default();
             self.write_whole(&self.link_path(id), |file| file.write_all(&link))?;
+            self.flush_folder()?;
             return Ok(id);
         }
         source.sync_all().map_err(disk("flush", path))?;
@@ -399,15 +401,14 @@ impl BlobStore {
         manifest
     }
 
-    /// Writes a file under another name, flushes it, and gives it its name.
+    /// Writes a file under another name, flushes it, and gives it its name. The caller flushes the folder.
     fn write_whole(&self, path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<(), BlobError> {
         let new = self.new_path();
         let written = (|| {
             let mut file = File::create(&new).map_err(disk("make", &new))?;
             write(&mut file).map_err(disk("write", &new))?;
             file.sync_all().map_err(disk("flush", &new))?;
-            fs::rename(&new, path).map_err(disk("rename", path))?;
-            self.flush_folder()
+            fs::rename(&new, path).map_err(disk("rename", path))
         })();
         if written.is_err() {
             fs::remove_file(&new).ok();

@@ -339,7 +339,7 @@ async fn a_fetch_goes_on_after_the_process_ended_in_its_middle() {
         Vice::StopsAfter(5),
     ));
     let home = tempfile::tempdir().unwrap();
-    let first = town.node_at(1, home.path(), "member", |_| {});
+    let first = town.node_at(1, home.path(), "member", impatient);
     let fetch = first.start_fetch(blob, &[stopping.node()]);
     fetch
         .progress()
@@ -436,6 +436,100 @@ async fn a_full_disk_is_an_error_and_leaves_nothing_that_counts_as_whole() {
     assert!(!here.blobs().has(blob));
     std::fs::remove_file(&partial).unwrap();
     here.fetch(blob, &[there.node()]).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_was_killed_and_started_again_is_noticed_long_before_the_idle_time() {
+    let town = Town::new();
+    let (here, killed) = (town.node(1), town.node(2));
+    let path = Wire::new(killed.local_address(), 0);
+    town.book.0.lock().unwrap().insert(killed.node(), path.address);
+    let (mut sender, mut receiver) = here
+        .open(killed.node(), Class::Act, Service::Echo, vec![])
+        .await
+        .unwrap();
+    sender.send(b"before", Bytes::new()).await.unwrap();
+    receiver.next().await.unwrap().unwrap();
+    // The same node in a new process: what the old one knew is gone.
+    let started = town.node(2);
+    path.lead_to(started.local_address());
+    town.book.0.lock().unwrap().insert(started.node(), path.address);
+    let began = Instant::now();
+    sender.send(b"after", Bytes::new()).await.unwrap();
+    let lost = receiver.next().await.unwrap_err();
+    assert!(matches!(lost, DataError::Lost { .. }), "{lost}");
+    assert!(began.elapsed() < Duration::from_secs(5));
+    let (mut sender, mut receiver) = here
+        .open(started.node(), Class::Act, Service::Echo, vec![])
+        .await
+        .unwrap();
+    sender.send(b"again", Bytes::new()).await.unwrap();
+    assert_eq!(receiver.next().await.unwrap().unwrap().0, b"again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn echo_and_blob_survive_a_path_that_loses_two_packets_of_a_hundred() {
+    let town = Town::new();
+    let (here, there) = (town.node(1), town.node(2));
+    let path = Wire::new(there.local_address(), 20);
+    town.book.0.lock().unwrap().insert(there.node(), path.address);
+    let bytes = noise(5 * CHUNK_BYTES + 3);
+    let blob = there.blobs().put_bytes(&bytes).unwrap();
+    let fetched = here.fetch(blob, &[there.node()]).await.unwrap();
+    assert_eq!(std::fs::read(fetched).unwrap(), bytes);
+    let (mut sender, mut receiver) = here
+        .open(there.node(), Class::Act, Service::Echo, vec![])
+        .await
+        .unwrap();
+    let payload = Bytes::from(noise(3 << 20));
+    sender.send(b"", payload.clone()).await.unwrap();
+    assert_eq!(receiver.next().await.unwrap().unwrap().1, payload);
+    assert!(path.lost.load(Ordering::Relaxed) > 10);
+}
+
+/// A path between one client and one server that may lose packets and may come to lead elsewhere.
+struct Wire {
+    address: SocketAddr,
+    target: Arc<Mutex<SocketAddr>>,
+    lost: Arc<AtomicUsize>,
+}
+
+impl Wire {
+    fn new(target: SocketAddr, loss_per_mille: u64) -> Self {
+        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = socket.local_addr().unwrap();
+        let target = Arc::new(Mutex::new(target));
+        let lost = Arc::new(AtomicUsize::new(0));
+        let (leads_to, losses) = (target.clone(), lost.clone());
+        // It ends with the process of the tests.
+        std::thread::spawn(move || {
+            let mut packet = vec![0; 65_536];
+            let (mut client, mut dice) = (None, 1u64);
+            while let Ok((length, from)) = socket.recv_from(&mut packet) {
+                let target = *leads_to.lock().unwrap();
+                dice = dice
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
+                if (dice >> 33) % 1000 < loss_per_mille {
+                    losses.fetch_add(1, Ordering::Relaxed);
+                    continue;
+                }
+                let to = if from == target { client } else { Some(target) };
+                if from.port() != target.port() && client.is_none() {
+                    client = Some(from);
+                }
+                // What a server that is gone still sends goes nowhere.
+                if let Some(to) = to.filter(|_| from == target || Some(from) == client) {
+                    socket.send_to(&packet[..length], to).ok();
+                }
+            }
+        });
+        Self { address, target, lost }
+    }
+
+    fn lead_to(&self, target: SocketAddr) {
+        *self.target.lock().unwrap() = target;
+    }
 }
 
 /// Nodes on loopback that know each other's addresses.
