@@ -40,3 +40,6 @@ pub mod run;
 
 // All of it, composed.
 pub mod node;
+
+#[cfg(test)]
+mod testing;

@@ -183,6 +183,19 @@ impl Entry {
         postcard::to_allocvec(&(self.run, self.index, self.previous, &self.body, self.author)).unwrap_or_default()
     }
 
+    /// About how many bytes it takes in a message, without writing it.
+    pub(crate) fn bytes(&self) -> usize {
+        const REST: usize = 256; // Ids, hashes, signature.
+        REST + match &self.body {
+            Body::Genesis { spec } => spec.len(),
+            Body::Replica { stages, .. } => stages.len().saturating_mul(64),
+            Body::Closed { set, .. } => set.iter().map(|one| 64 + one.parts.len().saturating_mul(32)).sum(),
+            Body::Applied { parts, .. } => parts.len().saturating_mul(32),
+            Body::Evaluated { bits_per_byte_ppm, .. } => bits_per_byte_ppm.keys().map(|name| 16 + name.len()).sum(),
+            Body::ReplicaEnded { .. } | Body::Paused | Body::Resumed | Body::Stopped | Body::Finished => 0,
+        }
+    }
+
     /// What the next entry calls `previous`. The signature is left out: signing again makes no other entry.
     pub fn hash(&self) -> Digest {
         digest(&self.signed_bytes())

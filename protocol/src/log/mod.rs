@@ -12,10 +12,15 @@
 //! All entries stay in memory: a run of 10,000 rounds with 8 replicas and 32 parts takes about 90 MB, which a node that
 //! trains has. [`ENTRIES_MAX`] is the end of a log that somebody fills on purpose.
 
+mod chain;
 mod entry;
+mod ledger;
 mod seal;
 
+pub use chain::{Fork, Log, LogError, Received, Stewards};
 pub use entry::{Body, Contribution, EndReason, Entry, ReplicaId, Round, Stage};
+pub(crate) use ledger::parts_of;
+pub use ledger::{Ledger, Phase, Replica, RoundRecord, RuleError, tokens_max};
 pub use seal::{Seal, Signature};
 
 /// Entries of one log. At three entries a round this is 300,000 rounds.

@@ -14,19 +14,36 @@
 //! ```
 //!
 //! What is late waits for the next set, within the run's limit; what is later is refused, and nobody is thrown out for
-//! it. The machines here are parts of [`crate::node::Node`], which is what a driver steps:
+//! it. Three machines do this, all of them parts of [`crate::node::Node`], which is what a driver steps. The keeper holds
+//! one node's parts of the state and keeps them up with the log. The trainer takes part: it joins, trains, commits and
+//! leaves. The steward admits, gathers and closes.
 //!
-//! - [`Keeper`]: holds the state's parts of one node and keeps them up with the log.
-//! - [`Trainer`]: takes part: joins, trains, commits, leaves.
-//! - [`Steward`]: admits, gathers, closes.
+//! They are apart because a slow trainer must not hold up the state, and a steward needs all parts even where it trains
+//! only a stage, or nothing. The next round opens with `Applied`, not with `Closed`, so every update starts from a state
+//! that the log has named; what this costs is one message's way.
+//!
+//! A chain of several stages finishes a round together or not at all. When one of them begins another life (a restart,
+//! or a training job that failed), its share of the round is gone while the others may have committed theirs already,
+//! so the steward ends the replica and pairs its nodes anew. A replica of one node just trains the round again.
 
+mod admission;
 mod commit;
+mod context;
+mod gathering;
 mod job;
+mod keeper;
 mod message;
+mod steward;
+mod trainer;
 
 pub use commit::{Commit, CommitAnswer, Refusal, SignedCommit};
 pub use job::{Job, JobId, Outcome};
+pub(crate) use context::{Context, earlier};
+pub(crate) use keeper::Keeper;
+pub(crate) use message::ENTRIES_PER_MESSAGE_MAX;
 pub use message::{JoinAnswer, MESSAGE_BYTES_MAX, MessageError, RunMessage};
+pub(crate) use steward::Steward;
+pub(crate) use trainer::Trainer;
 
 use crate::time::Span;
 
