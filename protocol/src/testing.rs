@@ -96,7 +96,9 @@ pub(crate) fn spec() -> RunSpec {
 
 /// The state of a round, one blob per part.
 pub(crate) fn state(round: u64) -> Vec<BlobId> {
-    (0..BLOCKS + 2).map(|part| blob("state", round, u64::from(part))).collect()
+    (0..BLOCKS + 2)
+        .map(|part| blob("state", round, u64::from(part)))
+        .collect()
 }
 
 /// A blob that two labels and a word name.

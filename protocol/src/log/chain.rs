@@ -259,9 +259,7 @@ impl Log {
         if theirs.index == ours.index && crate::hash::digest(&bytes) == ours.hash() {
             return Received::Known; // Signed again.
         }
-        let accepted = self
-            .spec()
-            .is_some_and(|spec| Stewards::of(spec).accept(theirs.author));
+        let accepted = self.spec().is_some_and(|spec| Stewards::of(spec).accept(theirs.author));
         if !accepted {
             return Received::Refused(LogError::Author(theirs.author));
         }

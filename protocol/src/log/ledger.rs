@@ -468,7 +468,11 @@ impl Ledger {
         if *base > round || round.since(*base) > u64::from(self.spec.closing.late_rounds_max) {
             return Err(RuleError::TooLate(*replica, *base));
         }
-        if !self.replicas.get(replica).is_some_and(|admitted| admitted.trains(*base)) {
+        if !self
+            .replicas
+            .get(replica)
+            .is_some_and(|admitted| admitted.trains(*base))
+        {
             return Err(RuleError::NotAdmitted(*replica, *base));
         }
         if self.contribution(*replica, *base).is_some() {
@@ -574,7 +578,10 @@ mod tests {
     fn refuses_contributions_of_strangers_and_of_replicas_that_ended() {
         let mut ledger = with_replicas(2);
         let stranger = closed(&ledger, &[(7, 0)]);
-        assert_eq!(ledger.check(&stranger), Err(RuleError::NotAdmitted(ReplicaId(7), Round(0))));
+        assert_eq!(
+            ledger.check(&stranger),
+            Err(RuleError::NotAdmitted(ReplicaId(7), Round(0)))
+        );
         let reason = EndReason::Left(NodeId([1; 32]));
         ledger
             .append(&Body::ReplicaEnded {
@@ -584,7 +591,10 @@ mod tests {
             .unwrap();
         round(&mut ledger, &[(0, 0), (1, 0)]);
         let after_its_end = closed(&ledger, &[(0, 1)]);
-        assert_eq!(ledger.check(&after_its_end), Err(RuleError::NotAdmitted(ReplicaId(0), Round(1))));
+        assert_eq!(
+            ledger.check(&after_its_end),
+            Err(RuleError::NotAdmitted(ReplicaId(0), Round(1)))
+        );
     }
 
     #[test]
@@ -660,7 +670,10 @@ mod tests {
         }
         assert_eq!(ledger.recent().count(), 3);
         assert_eq!(ledger.state_of(Round(2)).map(|_| ()), None);
-        assert_eq!(ledger.state_of(Round(20)).map(|(parts, _)| parts.to_vec()), Some(state(20)));
+        assert_eq!(
+            ledger.state_of(Round(20)).map(|(parts, _)| parts.to_vec()),
+            Some(state(20))
+        );
     }
 
     fn begun() -> Ledger {

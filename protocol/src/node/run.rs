@@ -8,8 +8,8 @@ use crate::hash::{NodeId, RunId};
 use crate::layout::BlockRange;
 use crate::log::{Body, Entry, Log, LogError, Received, Round, Seal, Stewards};
 use crate::round::{
-    Context, ENTRIES_PER_MESSAGE_MAX, JobId, Keeper, MESSAGE_BYTES_MAX, Outcome, RETRY_FIRST, RunMessage,
-    Steward, Trainer, earlier,
+    Context, ENTRIES_PER_MESSAGE_MAX, JobId, Keeper, MESSAGE_BYTES_MAX, Outcome, RETRY_FIRST, RunMessage, Steward,
+    Trainer, earlier,
 };
 use crate::run::RunSpec;
 use crate::time::Instant;
@@ -302,10 +302,7 @@ impl Run {
     fn find_own(&mut self, ctx: &mut Context<'_>, entry: &Entry) {
         if let Body::Closed { round, set, .. } = &entry.body {
             self.trainer.on_closed(ctx, set);
-            let late_max = ctx
-                .log
-                .spec()
-                .map_or(0, |spec| u64::from(spec.closing.late_rounds_max));
+            let late_max = ctx.log.spec().map_or(0, |spec| u64::from(spec.closing.late_rounds_max));
             let before = Round((round.0 + 1).saturating_sub(late_max));
             ctx.persist(Persist::DropCommits { before });
         }

@@ -189,10 +189,7 @@ impl Keeper {
 
     fn next_work(&self, ledger: &Ledger, range: BlockRange, blocks: u32) -> Option<Work> {
         let newest = ledger.state().0;
-        let held = self
-            .held
-            .as_ref()
-            .filter(|held| covered(held, range, blocks).is_some());
+        let held = self.held.as_ref().filter(|held| covered(held, range, blocks).is_some());
         let Some(held) = held else {
             return Some(Work::Fetch(newest));
         };
@@ -232,7 +229,9 @@ impl Keeper {
                 (parts, job)
             }
             Work::Apply(round) => {
-                let Some(base) = self.state(round, range, blocks) else { return };
+                let Some(base) = self.state(round, range, blocks) else {
+                    return;
+                };
                 let Some(record) = ledger.record(round) else { return };
                 let job = Job::Apply {
                     run,

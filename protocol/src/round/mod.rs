@@ -37,8 +37,8 @@ mod steward;
 mod trainer;
 
 pub use commit::{Commit, CommitAnswer, Refusal, SignedCommit};
-pub use job::{Job, JobId, Outcome};
 pub(crate) use context::{Context, earlier};
+pub use job::{Job, JobId, Outcome};
 pub(crate) use keeper::Keeper;
 pub(crate) use message::ENTRIES_PER_MESSAGE_MAX;
 pub use message::{JoinAnswer, MESSAGE_BYTES_MAX, MessageError, RunMessage};

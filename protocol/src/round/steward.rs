@@ -150,8 +150,7 @@ impl Steward {
         if let Some(replica) = ledger.replica_of(from) {
             let (id, first) = (replica.id, replica.from);
             let stage = replica.stages.iter().find(|stage| stage.node == from);
-            let is_restarted =
-                replica.stages.len() > 1 && stage.is_some_and(|stage| stage.incarnation < incarnation);
+            let is_restarted = replica.stages.len() > 1 && stage.is_some_and(|stage| stage.incarnation < incarnation);
             let is_too_small = stage.is_some_and(|stage| stage.range.end - stage.range.first > joining.blocks_max);
             if !is_restarted && !is_too_small {
                 return Self::answer_join(
@@ -399,7 +398,9 @@ impl Steward {
 
     /// Writes what this node's outer step made.
     fn write_applied(&mut self, ctx: &mut Context<'_>, keeper: &Keeper) {
-        let Phase::Applying(round) = self.phase(ctx) else { return };
+        let Phase::Applying(round) = self.phase(ctx) else {
+            return;
+        };
         let Some(ledger) = ctx.ledger() else { return };
         let Some(parts) = keeper.applied(round, ledger.spec().layout.blocks()) else {
             return;

@@ -186,7 +186,11 @@ impl Trainer {
                 parts,
                 tokens,
                 loss_ppm,
-            } if parts.iter().map(|(part, _)| part).eq(training.base.iter().map(|(part, _)| part)) => {
+            } if parts
+                .iter()
+                .map(|(part, _)| part)
+                .eq(training.base.iter().map(|(part, _)| part)) =>
+            {
                 self.failures = 0;
                 self.commit(ctx, training, parts.clone(), *tokens, *loss_ppm);
             }
@@ -397,7 +401,9 @@ impl Trainer {
         let Some(base) = keeper.state(round, place.range, blocks) else {
             return;
         };
-        let Some((_, base_hash)) = ledger.state_of(round) else { return };
+        let Some((_, base_hash)) = ledger.state_of(round) else {
+            return;
+        };
         if ctx.now < self.retry_at {
             self.wake_at = earlier(self.wake_at, Some(self.retry_at));
             return;
