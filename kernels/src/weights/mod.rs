@@ -1,1 +1,24 @@
-//! See docs/src/architecture.md.
+//! Weights on disk: part files, Hugging Face folders, GGUF files, and the way from one to the other.
+//!
+//! Every file here may come from a stranger: each count and length is checked against the file's own size before
+//! memory is taken, and each error names the file, the tensor or field, and what is wrong with it.
+
+mod error;
+mod export;
+mod gguf;
+mod gguf_model;
+mod gguf_tokenizer;
+mod hugging_face;
+mod import;
+mod inspect;
+mod part_file;
+mod part_writer;
+mod source;
+
+pub use error::WeightsError;
+pub use export::{Exported, export};
+pub use gguf::{Gguf, GgufError};
+pub use import::{ImportedModel, Progress, import};
+pub use inspect::{Summary, TypeTotal, inspect};
+pub use part_file::{PartFile, TensorSource};
+pub use part_writer::{PartWriter, write_state_part};

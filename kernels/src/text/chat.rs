@@ -1,0 +1,247 @@
+//! Conversations to prompts, by the model's own Jinja template.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::{Environment, Error, ErrorKind, Value, context};
+
+use super::{TextError, template_methods};
+
+/// Instructions that a template may take: hundreds of messages in the longest templates known take a tenth.
+const FUEL: u64 = 2_000_000;
+/// Bytes of a prompt: more than the longest context of any model in the longest tokens.
+const PROMPT_BYTES_MAX: usize = 16 << 20;
+const NAME: &str = "chat";
+
+/// What a model without a template is asked with.
+const FALLBACK: &str = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}\
+    {% if add_generation_prompt %}assistant:{% endif %}";
+
+/// One turn.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Message {
+    /// `system`, `user` or `assistant`.
+    pub role: String,
+    /// What was said.
+    pub content: String,
+}
+
+/// A compiled template.
+///
+/// Templates come from strangers: they run in a language without access to anything, for a bounded number of
+/// instructions.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    begin_text: String,
+    end_text: String,
+}
+
+impl ChatTemplate {
+    /// Compiles a model's template, or the plain fallback (`role: content`) for a model without one. `begin_text` and
+    /// `end_text` are the texts of the tokens that templates call `bos_token` and `eos_token`.
+    ///
+    /// # Errors
+    ///
+    /// [`TextError::Template`] with the place in the template.
+    pub fn new(template: Option<&str>, begin_text: &str, end_text: &str) -> Result<Self, TextError> {
+        let mut environment = Environment::new();
+        // As transformers sets them.
+        if let Ok(syntax) = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build() {
+            environment.set_syntax(syntax);
+        }
+        environment.set_fuel(Some(FUEL));
+        environment.set_unknown_method_callback(template_methods::call);
+        environment.add_filter("tojson", template_methods::to_json);
+        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment.add_function("strftime_now", |format: String| strftime(&format, unix_seconds()));
+        let source = template.unwrap_or(FALLBACK).to_owned();
+        environment
+            .add_template_owned(NAME, source)
+            .map_err(|error| TextError::Template {
+                reason: describe(&error),
+            })?;
+        Ok(Self {
+            environment,
+            begin_text: begin_text.to_owned(),
+            end_text: end_text.to_owned(),
+        })
+    }
+
+    /// The prompt after which the assistant speaks. Encode it with [`super::Tokenizer::encode_bare`]: templates write
+    /// special tokens out.
+    ///
+    /// # Errors
+    ///
+    /// [`TextError::Render`] with what the template says, such as that roles must alternate.
+    pub fn render(&self, messages: &[Message]) -> Result<String, TextError> {
+        let turns: Vec<Value> = messages
+            .iter()
+            .map(|message| Value::from_pairs([("role", message.role.as_str()), ("content", message.content.as_str())]))
+            .collect();
+        let refused = |error: Error| TextError::Render {
+            reason: describe(&error),
+        };
+        let template = self.environment.get_template(NAME).map_err(refused)?;
+        let prompt = template
+            .render(context! {
+                messages => turns,
+                add_generation_prompt => true,
+                bos_token => self.begin_text.as_str(),
+                eos_token => self.end_text.as_str(),
+            })
+            .map_err(refused)?;
+        if prompt.len() > PROMPT_BYTES_MAX {
+            return Err(TextError::PromptTooLong {
+                found: prompt.len(),
+                limit: PROMPT_BYTES_MAX,
+            });
+        }
+        Ok(prompt)
+    }
+}
+
+fn describe(error: &Error) -> String {
+    let what = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
+    match error.line() {
+        Some(line) => format!("{what} (line {line})"),
+        None => what,
+    }
+}
+
+fn unix_seconds() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+/// The parts of C's `strftime` that templates use, in UTC: `%d %m %Y %y %b %B %H %M %S`.
+fn strftime(format: &str, unix_seconds: u64) -> String {
+    const MONTHS: [&str; 12] = [
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
+    ];
+    let (year, month, day) = civil_date(unix_seconds / 86_400);
+    let name = MONTHS.get(month as usize - 1).copied().unwrap_or_default();
+    let mut text = String::new();
+    let mut letters = format.chars();
+    while let Some(letter) = letters.next() {
+        if letter != '%' {
+            text.push(letter);
+            continue;
+        }
+        match letters.next() {
+            Some('d') => text.push_str(&format!("{day:02}")),
+            Some('m') => text.push_str(&format!("{month:02}")),
+            Some('Y') => text.push_str(&year.to_string()),
+            Some('y') => text.push_str(&format!("{:02}", year % 100)),
+            Some('b') => text.extend(name.chars().take(3)),
+            Some('B') => text.push_str(name),
+            Some('H') => text.push_str(&format!("{:02}", unix_seconds / 3_600 % 24)),
+            Some('M') => text.push_str(&format!("{:02}", unix_seconds / 60 % 60)),
+            Some('S') => text.push_str(&format!("{:02}", unix_seconds % 60)),
+            Some(other) => text.extend(['%', other]),
+            None => text.push('%'),
+        }
+    }
+    text
+}
+
+/// Year, month and day of a day since 1970, by counting years from the 1st of March, so that the leap day is the last.
+fn civil_date(days: u64) -> (u64, u64, u64) {
+    let days = days + 719_468; // Since the 1st of March of year 0.
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day_of_month = day - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    (era * 400 + year + u64::from(month <= 2), month, day_of_month)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CHATML: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
+        {{ '<|im_start|>system\\nBe kind<|im_end|>\\n' }}{% endif %}\
+        {{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}\
+        {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+
+    #[test]
+    fn a_conversation_becomes_a_prompt() {
+        let template = ChatTemplate::new(Some(CHATML), "", "<|im_end|>").unwrap();
+        let prompt = template.render(&[message("user", "Hi")]).unwrap();
+        assert_eq!(
+            prompt,
+            "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        );
+    }
+
+    #[test]
+    fn a_model_without_a_template_is_asked_plainly() {
+        let template = ChatTemplate::new(None, "", "").unwrap();
+        let prompt = template
+            .render(&[message("user", "Hi"), message("assistant", "Hello")])
+            .unwrap();
+        assert_eq!(prompt, "user: Hi\nassistant: Hello\nassistant:");
+    }
+
+    #[test]
+    fn a_template_may_refuse() {
+        let source = "{% if messages|length > 1 %}{{ raise_exception('one message at most') }}{% endif %}ok";
+        let template = ChatTemplate::new(Some(source), "", "").unwrap();
+        assert_eq!(template.render(&[message("user", "Hi")]).unwrap(), "ok");
+        let refused = template.render(&[message("user", "Hi"), message("user", "Hi")]);
+        assert!(matches!(refused, Err(TextError::Render { reason }) if reason.contains("one message at most")));
+    }
+
+    #[test]
+    fn a_template_that_does_not_end_is_stopped() {
+        let source = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}";
+        let template = ChatTemplate::new(Some(source), "", "").unwrap();
+        assert!(matches!(template.render(&[]), Err(TextError::Render { .. })));
+        assert!(matches!(
+            ChatTemplate::new(Some("{% for %}"), "", ""),
+            Err(TextError::Template { .. })
+        ));
+    }
+
+    #[test]
+    fn methods_of_python_work() {
+        let source = "{{ messages[0].content.strip().upper() }}|{{ messages[0].content.split('b')[1].lstrip() }}|\
+            {% if messages[0].role.startswith('us') %}yes{% endif %}|{% for k, v in messages[0].items() %}{{ k }};{% endfor %}|\
+            {{ messages[0].get('tool', 'none') }}|{{ messages[0]|tojson }}|{{ messages[0].content.replace('a', 'c') }}";
+        let template = ChatTemplate::new(Some(source), "", "").unwrap();
+        let prompt = template.render(&[message("user", " a b \"")]).unwrap();
+        let expected = " A B \"".trim().to_owned()
+            + "|\"|yes|content;role;|none|{\"content\": \" a b \\\"\", \"role\": \"user\"}| c b \"";
+        assert_eq!(prompt, expected);
+    }
+
+    #[test]
+    fn dates_are_right_around_leap_days() {
+        assert_eq!(strftime("%d %b %Y", 0), "01 Jan 1970");
+        assert_eq!(strftime("%Y-%m-%d %H:%M:%S", 1_709_210_096), "2024-02-29 12:34:56");
+        assert_eq!(strftime("%d %B %y %%", 1_709_251_200), "01 March 24 %%");
+    }
+
+    fn message(role: &str, content: &str) -> Message {
+        Message {
+            role: role.to_owned(),
+            content: content.to_owned(),
+        }
+    }
+}

@@ -1,0 +1,380 @@
+//! A Llama in a GGUF file, as its Hugging Face folder would have it: names, row order, configuration.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+use serde_json::{Map, Value, json};
+
+use super::gguf_tokenizer::{self, GgufTokenizer};
+use super::import::{ModelSource, Tensors};
+use super::{Gguf, GgufError, TensorSource, WeightsError, source};
+use crate::quant::PackedBytes;
+
+/// Opens a GGUF file as a model.
+pub(super) fn open(path: &Path) -> Result<ModelSource, WeightsError> {
+    let file = GgufFile::open(path)?;
+    let config = file.config()?;
+    let GgufTokenizer {
+        json,
+        chat_template,
+        end_tokens,
+        begin_token,
+    } = gguf_tokenizer::build(&file)?;
+    let heads = file.required_whole("llama.attention.head_count")?;
+    let kv_heads = file.whole("llama.attention.head_count_kv")?.unwrap_or(heads);
+    let names = file.names()?;
+    Ok(ModelSource {
+        name: model_name(path),
+        config_path: path.to_owned(),
+        config_json: serde_json::to_string_pretty(&config).unwrap_or_default(),
+        tokenizer_json: json.to_string().into_bytes(),
+        chat_template,
+        end_tokens,
+        begin_token,
+        tensors: Box::new(GgufTensors {
+            file,
+            names,
+            heads,
+            kv_heads,
+        }),
+    })
+}
+
+/// A mapped GGUF file.
+pub(super) struct GgufFile {
+    pub(super) path: PathBuf,
+    pub(super) map: Arc<Mmap>,
+    pub(super) header: Gguf,
+}
+
+impl GgufFile {
+    pub(super) fn open(path: &Path) -> Result<Self, WeightsError> {
+        let map = source::map(path)?;
+        let header = Gguf::parse(&map).map_err(at(path))?;
+        Ok(Self {
+            path: path.to_owned(),
+            map,
+            header,
+        })
+    }
+
+    pub(super) fn text(&self, key: &str) -> Result<Option<&str>, WeightsError> {
+        self.header.text(&self.map, key).map_err(at(&self.path))
+    }
+
+    pub(super) fn texts(&self, key: &str) -> Result<Option<Vec<&str>>, WeightsError> {
+        self.header.texts(&self.map, key).map_err(at(&self.path))
+    }
+
+    pub(super) fn numbers(&self, key: &str) -> Result<Option<Vec<f64>>, WeightsError> {
+        self.header.numbers(&self.map, key).map_err(at(&self.path))
+    }
+
+    pub(super) fn whole(&self, key: &str) -> Result<Option<u64>, WeightsError> {
+        self.header.whole(key).map_err(at(&self.path))
+    }
+
+    pub(super) fn number(&self, key: &str) -> Result<Option<f64>, WeightsError> {
+        self.header.number(key).map_err(at(&self.path))
+    }
+
+    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>, WeightsError> {
+        self.header.flag(key).map_err(at(&self.path))
+    }
+
+    pub(super) fn missing(&self, key: &str) -> WeightsError {
+        at(&self.path)(GgufError::Missing { key: key.to_owned() })
+    }
+
+    pub(super) fn feature(&self, feature: impl Into<String>) -> WeightsError {
+        WeightsError::Feature {
+            path: self.path.clone(),
+            feature: feature.into(),
+        }
+    }
+
+    fn required_whole(&self, key: &str) -> Result<u64, WeightsError> {
+        self.whole(key)?.ok_or_else(|| self.missing(key))
+    }
+
+    /// The `config.json` that the metadata describes.
+    pub(super) fn config(&self) -> Result<Value, WeightsError> {
+        let architecture = self.text("general.architecture")?;
+        let architecture = architecture.ok_or_else(|| self.missing("general.architecture"))?;
+        if architecture != "llama" {
+            return Err(WeightsError::Architecture {
+                path: self.path.clone(),
+                architecture: architecture.chars().take(64).collect(),
+            });
+        }
+        if self.whole("llama.expert_count")?.unwrap_or(0) > 0 {
+            return Err(self.feature("a mixture of experts (`llama.expert_count`)"));
+        }
+        let hidden = self.required_whole("llama.embedding_length")?;
+        let heads = self.required_whole("llama.attention.head_count")?;
+        let context = self.required_whole("llama.context_length")?;
+        let from_heads = hidden.checked_div(heads);
+        let head_dim = self.whole("llama.attention.key_length")?.or(from_heads);
+        let head_dim = head_dim.ok_or_else(|| self.missing("llama.attention.key_length"))?;
+        let values = self.whole("llama.attention.value_length")?.unwrap_or(head_dim);
+        let rotated = self.whole("llama.rope.dimension_count")?.unwrap_or(head_dim);
+        if values != head_dim || rotated != head_dim {
+            return Err(self.feature(format!(
+                "heads of {head_dim} with values of {values} and {rotated} rotated dimensions"
+            )));
+        }
+        let embedding = self.header.tensors().get("token_embd.weight");
+        let embedding = embedding.ok_or_else(|| WeightsError::MissingTensor {
+            path: self.path.clone(),
+            tensor: "token_embd.weight".to_owned(),
+        })?;
+        let theta = self.number("llama.rope.freq_base")?.unwrap_or(10_000.0);
+        let mut config = json!({
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": hidden,
+            "intermediate_size": self.required_whole("llama.feed_forward_length")?,
+            "num_hidden_layers": self.required_whole("llama.block_count")?,
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.whole("llama.attention.head_count_kv")?.unwrap_or(heads),
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "attention_bias": false,
+            "mlp_bias": false,
+            "rms_norm_eps": self.number("llama.attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5),
+            "rope_theta": theta,
+            "max_position_embeddings": context,
+            "vocab_size": embedding.shape.first(),
+            "tie_word_embeddings": !self.header.tensors().contains_key("output.weight"),
+        });
+        for (key, name) in [
+            ("bos_token_id", "tokenizer.ggml.bos_token_id"),
+            ("eos_token_id", "tokenizer.ggml.eos_token_id"),
+        ] {
+            if let Some(token) = self.whole(name)? {
+                config[key] = json!(token);
+            }
+        }
+        if let Some(scaling) = self.rope_scaling(head_dim, theta, context)? {
+            config["rope_scaling"] = scaling;
+        }
+        Ok(config)
+    }
+
+    fn rope_scaling(&self, head_dim: u64, theta: f64, context: u64) -> Result<Option<Value>, WeightsError> {
+        if let Some(factors) = self.header.tensors().get("rope_freqs.weight") {
+            let bytes = PackedBytes::mapped(Arc::clone(&self.map), factors.range.clone());
+            let tensor = bytes.map(|bytes| TensorSource {
+                ty: factors.ty,
+                shape: factors.shape.clone(),
+                bytes,
+            });
+            let values = tensor.and_then(|tensor| tensor.to_f32().ok()).unwrap_or_default();
+            return llama3_scaling(&values, head_dim, theta)
+                .map(Some)
+                .ok_or_else(|| self.feature("`rope_freqs.weight` that are not Llama 3.1's"));
+        }
+        let Some(kind) = self.text("llama.rope.scaling.type")? else {
+            return Ok(None);
+        };
+        let factor = self.number("llama.rope.scaling.factor")?.unwrap_or(1.0);
+        match kind {
+            "none" => Ok(None),
+            "linear" => Ok(Some(json!({"rope_type": "linear", "factor": factor}))),
+            "yarn" => {
+                let original = self
+                    .whole("llama.rope.scaling.original_context_length")?
+                    .unwrap_or(context);
+                Ok(Some(json!({
+                    "rope_type": "yarn",
+                    "factor": factor,
+                    "original_max_position_embeddings": original,
+                })))
+            }
+            other => Err(self.feature(format!("rope scaling `{}`", other.chars().take(32).collect::<String>()))),
+        }
+    }
+
+    /// ggml names by Hugging Face name.
+    fn names(&self) -> Result<BTreeMap<String, String>, WeightsError> {
+        let mut names = BTreeMap::new();
+        for name in self.header.tensors().keys() {
+            if name == "rope_freqs.weight" {
+                continue; // Already in the configuration.
+            }
+            let known = hugging_face_name(name).ok_or_else(|| WeightsError::UnknownTensor {
+                path: self.path.clone(),
+                tensor: name.clone(),
+            })?;
+            names.insert(known, name.clone());
+        }
+        Ok(names)
+    }
+}
+
+/// For `map_err`: which file.
+fn at(path: &Path) -> impl FnOnce(GgufError) -> WeightsError {
+    let path = path.to_owned();
+    move |source| WeightsError::Gguf { path, source }
+}
+
+struct GgufTensors {
+    file: GgufFile,
+    names: BTreeMap<String, String>,
+    heads: u64,
+    kv_heads: u64,
+}
+
+impl Tensors for GgufTensors {
+    fn names(&self) -> Vec<String> {
+        self.names.keys().cloned().collect()
+    }
+
+    fn tensor(&self, name: &str) -> Result<TensorSource, WeightsError> {
+        let missing = || WeightsError::MissingTensor {
+            path: self.file.path.clone(),
+            tensor: name.to_owned(),
+        };
+        let ggml = self.names.get(name).ok_or_else(missing)?;
+        let entry = self.file.header.tensors().get(ggml).ok_or_else(missing)?;
+        let bytes = PackedBytes::mapped(Arc::clone(&self.file.map), entry.range.clone()).ok_or_else(missing)?;
+        let heads = match name {
+            _ if name.ends_with("q_proj.weight") => Some(self.heads),
+            _ if name.ends_with("k_proj.weight") => Some(self.kv_heads),
+            _ => None,
+        };
+        let bytes = match heads {
+            None => bytes,
+            Some(heads) => {
+                let rows = entry.shape.first().copied().unwrap_or(0);
+                halves_apart(&bytes, rows, heads)
+                    .ok_or_else(|| WeightsError::Shape {
+                        path: self.file.path.clone(),
+                        tensor: ggml.clone(),
+                        expected: vec![usize::try_from(heads).unwrap_or(usize::MAX), 2],
+                        found: entry.shape.clone(),
+                    })?
+                    .into()
+            }
+        };
+        Ok(TensorSource {
+            ty: entry.ty,
+            shape: entry.shape.clone(),
+            bytes,
+        })
+    }
+}
+
+/// Undoes the order of rows that GGUF gives to query and key projections of the llama architecture: there the two
+/// halves of a head, which rotate together, are interleaved. Whole packed rows move.
+///
+/// `None` where the rows are not `heads` heads of an even width.
+fn halves_apart(bytes: &[u8], rows: usize, heads: u64) -> Option<Vec<u8>> {
+    let heads = usize::try_from(heads).ok()?;
+    let half = rows.checked_div(heads)? / 2;
+    if half == 0 || half * 2 * heads != rows {
+        return None;
+    }
+    let row_bytes = bytes.len() / rows;
+    let mut moved = Vec::with_capacity(bytes.len());
+    for head in 0..heads {
+        for row in (0..2).flat_map(|side| (0..half).map(move |i| 2 * i + side)) {
+            moved.extend_from_slice(bytes.get((head * 2 * half + row) * row_bytes..)?.get(..row_bytes)?);
+        }
+    }
+    Some(moved)
+}
+
+fn hugging_face_name(ggml: &str) -> Option<String> {
+    match ggml {
+        "token_embd.weight" => return Some("model.embed_tokens.weight".to_owned()),
+        "output_norm.weight" => return Some("model.norm.weight".to_owned()),
+        "output.weight" => return Some("lm_head.weight".to_owned()),
+        _ => {}
+    }
+    let (block, name) = ggml.strip_prefix("blk.")?.split_once('.')?;
+    let block: u32 = block.parse().ok()?;
+    let name = match name {
+        "attn_norm.weight" => "input_layernorm.weight",
+        "attn_q.weight" => "self_attn.q_proj.weight",
+        "attn_k.weight" => "self_attn.k_proj.weight",
+        "attn_v.weight" => "self_attn.v_proj.weight",
+        "attn_output.weight" => "self_attn.o_proj.weight",
+        "ffn_norm.weight" => "post_attention_layernorm.weight",
+        "ffn_gate.weight" => "mlp.gate_proj.weight",
+        "ffn_up.weight" => "mlp.up_proj.weight",
+        "ffn_down.weight" => "mlp.down_proj.weight",
+        _ => return None,
+    };
+    Some(format!("model.layers.{block}.{name}"))
+}
+
+/// GGUF has Llama 3.1's rotary scaling as one divisor per frequency. With the constants that all its models share
+/// (1, 4 and 8192) the divisors follow from the largest; where they do, this is the scaling.
+fn llama3_scaling(divisors: &[f32], head_dim: u64, theta: f64) -> Option<Value> {
+    const LOW: f64 = 1.0;
+    const HIGH: f64 = 4.0;
+    const ORIGINAL: f64 = 8192.0;
+    let factor = divisors.iter().copied().fold(1f32, f32::max);
+    if divisors.len() as u64 != head_dim / 2 || !factor.is_finite() {
+        return None;
+    }
+    for (i, divisor) in divisors.iter().enumerate() {
+        let wavelength = std::f64::consts::TAU * theta.powf(2.0 * i as f64 / head_dim as f64);
+        let expected = if wavelength < ORIGINAL / HIGH {
+            1.0
+        } else if wavelength > ORIGINAL / LOW {
+            f64::from(factor)
+        } else {
+            let share = (ORIGINAL / wavelength - LOW) / (HIGH - LOW);
+            1.0 / ((1.0 - share) / f64::from(factor) + share)
+        };
+        if (f64::from(*divisor) - expected).abs() > 1e-3 * expected {
+            return None;
+        }
+    }
+    let mut scaling = Map::new();
+    scaling.insert("rope_type".to_owned(), json!("llama3"));
+    scaling.insert("factor".to_owned(), json!(factor));
+    scaling.insert("low_freq_factor".to_owned(), json!(LOW));
+    scaling.insert("high_freq_factor".to_owned(), json!(HIGH));
+    scaling.insert("original_max_position_embeddings".to_owned(), json!(8192));
+    Some(Value::Object(scaling))
+}
+
+/// The file's name without `.gguf`.
+fn model_name(path: &Path) -> String {
+    let stem = path.file_stem().unwrap_or_default();
+    stem.to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_a_head_go_back_to_halves() {
+        // Two heads of four rows, one byte each; in GGUF, rows 0 and 2 of a head are neighbours.
+        let gguf = [0, 2, 1, 3, 10, 12, 11, 13];
+        assert_eq!(halves_apart(&gguf, 8, 2).unwrap(), [0, 1, 2, 3, 10, 11, 12, 13]);
+        assert_eq!(halves_apart(&gguf, 8, 3), None);
+        assert_eq!(halves_apart(&gguf, 8, 8), None);
+        assert_eq!(halves_apart(&gguf, 8, 0), None);
+    }
+
+    #[test]
+    fn llama_3_divisors_are_recognised() {
+        let divisors: Vec<f32> = (0..32)
+            .map(|i| {
+                let wavelength = std::f64::consts::TAU * 500_000f64.powf(2.0 * f64::from(i) / 64.0);
+                let share = ((8192.0 / wavelength - 1.0) / 3.0).clamp(0.0, 1.0);
+                (1.0 / ((1.0 - share) / 32.0 + share)) as f32
+            })
+            .collect();
+        let scaling = llama3_scaling(&divisors, 64, 500_000.0).unwrap();
+        assert_eq!(scaling["factor"], 32.0);
+        assert_eq!(llama3_scaling(&[1.0, 2.0, 1.0], 6, 10_000.0), None);
+    }
+}

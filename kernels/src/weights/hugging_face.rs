@@ -1,0 +1,193 @@
+//! A Hugging Face folder: `config.json`, safetensors in one file or in shards, tokenizer files.
+
+use std::collections::BTreeMap;
+use std::path::{Component, Path, PathBuf};
+
+use serde_json::Value;
+
+use super::import::{ModelSource, Tensors};
+use super::{PartFile, TensorSource, WeightsError, source};
+use crate::text::Tokenizer;
+
+/// Opens a folder as a model.
+pub(super) fn open(folder: &Path) -> Result<ModelSource, WeightsError> {
+    let config_path = folder.join("config.json");
+    let config_json = source::read_text(&config_path)?;
+    let tokenizer_path = folder.join("tokenizer.json");
+    if !tokenizer_path.exists() {
+        return Err(WeightsError::MissingFile {
+            path: tokenizer_path,
+            hint: "the tokenizer is needed as a tokenizer.json, which `AutoTokenizer.save_pretrained` writes",
+        });
+    }
+    let tokenizer_json = source::read_text(&tokenizer_path)?.into_bytes();
+    let tokenizer = Tokenizer::from_bytes(&tokenizer_json).map_err(|error| WeightsError::Tokenizer {
+        path: tokenizer_path,
+        reason: error.to_string(),
+    })?;
+    let settings = Settings::read(folder, &config_json)?;
+    let begin = settings
+        .token_text("bos_token")
+        .and_then(|token| tokenizer.token_id(&token));
+    let begin = begin.or_else(|| settings.ids("bos_token_id").first().copied());
+    Ok(ModelSource {
+        name: folder_name(folder),
+        config_path,
+        config_json,
+        tokenizer_json,
+        chat_template: settings.chat_template(folder)?,
+        end_tokens: settings.end_tokens(&tokenizer),
+        begin_token: begin.filter(|begin| tokenizer.encode("a").is_ok_and(|ids| ids.first() == Some(begin))),
+        tensors: Box::new(Shards::open(folder)?),
+    })
+}
+
+/// The files that say which tokens begin and end, whichever of them are there.
+struct Settings {
+    tokenizer: Value,
+    generation: Value,
+    config: Value,
+}
+
+impl Settings {
+    fn read(folder: &Path, config_json: &str) -> Result<Self, WeightsError> {
+        let read = |name: &str| source::read_json_if_there(&folder.join(name)).map(Option::unwrap_or_default);
+        Ok(Self {
+            tokenizer: read("tokenizer_config.json")?,
+            generation: read("generation_config.json")?,
+            config: serde_json::from_str(config_json).unwrap_or_default(), // Judged by the model's configuration.
+        })
+    }
+
+    /// A token of `tokenizer_config.json`: a text, or an object with its `content`.
+    fn token_text(&self, key: &str) -> Option<String> {
+        let token = self.tokenizer.get(key)?;
+        let text = token.as_str().or_else(|| token.get("content")?.as_str())?;
+        Some(text.to_owned())
+    }
+
+    /// Ids of `generation_config.json`, else of `config.json`: a number or a list.
+    fn ids(&self, key: &str) -> Vec<u32> {
+        let of = |value: &Value| match value {
+            Value::Array(list) => list.iter().filter_map(as_id).collect(),
+            one => as_id(one).into_iter().collect::<Vec<_>>(),
+        };
+        let found = [&self.generation, &self.config]
+            .into_iter()
+            .filter_map(|file| file.get(key))
+            .map(of);
+        found.into_iter().find(|ids| !ids.is_empty()).unwrap_or_default()
+    }
+
+    fn end_tokens(&self, tokenizer: &Tokenizer) -> Vec<u32> {
+        let mut ids = self.ids("eos_token_id");
+        ids.extend(
+            self.token_text("eos_token")
+                .and_then(|token| tokenizer.token_id(&token)),
+        );
+        ids.sort_unstable();
+        ids.dedup();
+        ids
+    }
+
+    /// From `chat_template.jinja`, else from `tokenizer_config.json`: a text, or a list of which one is `default`.
+    fn chat_template(&self, folder: &Path) -> Result<Option<String>, WeightsError> {
+        let path = folder.join("chat_template.jinja");
+        if path.exists() {
+            return source::read_text(&path).map(Some);
+        }
+        let template = match self.tokenizer.get("chat_template") {
+            Some(Value::String(template)) => Some(template.clone()),
+            Some(Value::Array(list)) => list
+                .iter()
+                .find(|entry| entry.get("name").and_then(Value::as_str) == Some("default"))
+                .and_then(|entry| entry.get("template")?.as_str().map(str::to_owned)),
+            _ => None,
+        };
+        Ok(template)
+    }
+}
+
+fn as_id(value: &Value) -> Option<u32> {
+    value.as_u64().and_then(|id| u32::try_from(id).ok())
+}
+
+struct Shards {
+    folder: PathBuf,
+    files: Vec<PartFile>,
+    /// Which file has a tensor.
+    places: BTreeMap<String, usize>,
+}
+
+impl Shards {
+    fn open(folder: &Path) -> Result<Self, WeightsError> {
+        let single = folder.join("model.safetensors");
+        let index_path = folder.join("model.safetensors.index.json");
+        let paths = match source::read_json_if_there(&index_path)? {
+            Some(index) => shard_paths(folder, &index_path, &index)?,
+            None if single.exists() => vec![single],
+            None => {
+                return Err(WeightsError::MissingFile {
+                    path: single,
+                    hint: "weights are read as safetensors, in one file or in shards with an index",
+                });
+            }
+        };
+        let mut shards = Self {
+            folder: folder.to_owned(),
+            files: Vec::new(),
+            places: BTreeMap::new(),
+        };
+        for (place, path) in paths.iter().enumerate() {
+            let file = PartFile::open(path)?;
+            shards.places.extend(file.names().map(|name| (name.to_owned(), place)));
+            shards.files.push(file);
+        }
+        Ok(shards)
+    }
+}
+
+impl Tensors for Shards {
+    fn names(&self) -> Vec<String> {
+        self.places.keys().cloned().collect()
+    }
+
+    fn tensor(&self, name: &str) -> Result<TensorSource, WeightsError> {
+        let file = self.places.get(name).and_then(|place| self.files.get(*place));
+        let file = file.ok_or_else(|| WeightsError::MissingTensor {
+            path: self.folder.clone(),
+            tensor: name.to_owned(),
+        })?;
+        file.tensor(name)
+    }
+}
+
+/// The shards that an index names. A name is of a file in the same folder and nothing else.
+fn shard_paths(folder: &Path, index_path: &Path, index: &Value) -> Result<Vec<PathBuf>, WeightsError> {
+    let refused = |reason: String| WeightsError::Json {
+        path: index_path.to_owned(),
+        reason,
+    };
+    let map = index.get("weight_map").and_then(Value::as_object);
+    let map = map.ok_or_else(|| refused("`weight_map` is missing".to_owned()))?;
+    let mut paths = Vec::new();
+    for (tensor, shard) in map {
+        let name = shard.as_str().unwrap_or_default();
+        let mut components = Path::new(name).components();
+        if !matches!(
+            (components.next(), components.next()),
+            (Some(Component::Normal(_)), None)
+        ) {
+            return Err(refused(format!("the shard of `{tensor}` is not a file's name")));
+        }
+        paths.push(folder.join(name));
+    }
+    paths.sort();
+    paths.dedup();
+    Ok(paths)
+}
+
+fn folder_name(folder: &Path) -> String {
+    let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    if name.is_empty() { "model".to_owned() } else { name }
+}
