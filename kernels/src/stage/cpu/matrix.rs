@@ -34,14 +34,6 @@ impl Matrix {
         }
     }
 
-    /// Outputs.
-    pub(in crate::stage) fn rows(&self) -> usize {
-        match self {
-            Self::Plain(plain) => plain.0.rows,
-            Self::Packed(packed) => packed.rows(),
-        }
-    }
-
     /// Bytes that the weight takes.
     pub(in crate::stage) fn bytes(&self) -> u64 {
         let bytes = match self {
@@ -56,14 +48,6 @@ impl Matrix {
         match self {
             Self::Plain(PlainMatrix(plain)) => out.copy_from_slice(&plain.data[row * plain.cols..][..plain.cols]),
             Self::Packed(packed) => packed.widen_row(row, out),
-        }
-    }
-
-    /// All values, row-major.
-    pub(in crate::stage) fn values(&self) -> Vec<f32> {
-        match self {
-            Self::Plain(plain) => plain.0.data.clone(),
-            Self::Packed(packed) => packed.widen(),
         }
     }
 }

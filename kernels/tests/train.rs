@@ -1,0 +1,220 @@
+//! Training stages against PyTorch's numbers, and against each other.
+
+mod golden_case;
+
+use golden_case::{Golden, largest, largest_difference};
+use polder_kernels::device::Device;
+use polder_kernels::model::layout;
+use polder_kernels::train::{TrainData, TrainError, TrainInput, TrainOutput, TrainStage, initial_parameters};
+use polder_protocol::layout::BlockRange;
+use polder_protocol::run::Inner;
+
+#[test]
+fn loss_and_gradients_are_those_of_pytorch() {
+    for golden in ["llama_tied_sharded", "llama_rope_llama3"].map(Golden::open) {
+        let mut stage = stage(&golden, BlockRange::whole(3), inner());
+        let tokens: Vec<u32> = golden.tokens.concat();
+        let loss = loss(stage.forward(0, batch(&tokens, &[])).unwrap()).0;
+        let right = golden.expected["loss"].as_f64().unwrap() as f32;
+        assert!((loss - right).abs() < golden.tolerance("loss_abs"), "{loss} {right}");
+
+        let norm = stage.square_sum(1).unwrap().sqrt();
+        let right = golden.expected["grad_total_norm"].as_f64().unwrap();
+        assert!(
+            (norm / right - 1.0).abs() < f64::from(golden.tolerance("grad_norm_rel")),
+            "{norm} {right}"
+        );
+        let gradients = by_name(&golden, stage.gradients().unwrap());
+        for (name, right) in golden.expected["grad_norms"].as_object().unwrap() {
+            let squares: f64 = gradients[name].iter().map(|g| f64::from(*g).powi(2)).sum();
+            let ratio = squares.sqrt() / right.as_f64().unwrap();
+            assert!(
+                (ratio - 1.0).abs() < f64::from(golden.tolerance("grad_norm_rel")),
+                "{name}: {ratio}"
+            );
+        }
+        for name in golden.expected["full_gradients"].as_array().unwrap() {
+            let name = name.as_str().unwrap();
+            let right = golden.case(&format!("grad.{name}"));
+            let error = largest_difference(&gradients[name], right) / largest(right);
+            assert!(error < golden.tolerance("grad_elem_rel_to_max"), "{name}: {error}");
+        }
+    }
+}
+
+#[test]
+fn a_chain_of_stages_trains_with_the_bits_of_the_whole() {
+    let golden = Golden::open("llama_rope_llama3");
+    let micro_batches: Vec<Vec<u32>> = vec![
+        golden.tokens.concat(),
+        golden.tokens.concat().into_iter().rev().collect(),
+    ];
+    for cut in 1..3 {
+        let mut whole = stage(&golden, BlockRange::whole(3), inner());
+        let mut first = stage(&golden, BlockRange { first: 0, end: cut }, inner());
+        let mut last = stage(&golden, BlockRange { first: cut, end: 3 }, inner());
+        for step in 0..3 {
+            // Both micro-batches go forward through the first stage before either comes back.
+            let sent: Vec<Vec<f32>> = (0..2)
+                .map(|m| hidden(first.forward(m as u32, batch(&micro_batches[m], &[])).unwrap()))
+                .collect();
+            for m in 0..2 {
+                let alone = loss(whole.forward(m as u32, batch(&micro_batches[m], &[])).unwrap());
+                let chained = loss(last.forward(m as u32, batch(&micro_batches[m], &sent[m])).unwrap());
+                assert_eq!(chained.0, alone.0);
+                assert!(alone.1.is_empty());
+                assert!(first.backward(m as u32, &chained.1).unwrap().is_empty());
+            }
+            let sum = whole.square_sum(2).unwrap();
+            let sums = first.square_sum(2).unwrap() + last.square_sum(2).unwrap();
+            assert!((sum / sums - 1.0).abs() < 1e-12);
+            let chained = [first.gradients().unwrap(), last.gradients().unwrap()].concat();
+            assert_eq!(chained, whole.gradients().unwrap());
+            for stage in [&mut whole, &mut first, &mut last] {
+                stage.apply(step, sum).unwrap();
+            }
+            let chained = [first.parameters(), last.parameters()].concat();
+            assert_eq!(chained, whole.parameters());
+        }
+    }
+}
+
+#[test]
+fn steps_learn_a_repeating_text_and_the_score_says_so() {
+    let golden = Golden::open("llama_tied_sharded");
+    let (_, parameters) = initial_parameters(&golden.config_json, 5).unwrap();
+    let range = BlockRange::whole(3);
+    let device = Device::cpu();
+    let mut stage = TrainStage::new(&golden.config_json, range, parameters, inner(), 40, &device).unwrap();
+    let text: Vec<u32> = (0..600).map(|i| i % 7 + 3).collect();
+    let mut data = TrainData::new();
+    data.add(&text);
+    let before = stage.score(&text, 600, 1, 16).unwrap();
+    // Of 512 equally likely tokens, one byte each.
+    assert!((before - 9.0).abs() < 0.2, "{before}");
+    let stepped = stage.steps(&data, 0, 40, &[1, 2, 3]).unwrap();
+    assert_eq!(stepped.losses.len(), 40);
+    assert_eq!(stepped.tokens, 40 * 2 * 16);
+    assert!(stepped.losses[39] < 1.0, "{:?}", stepped.losses);
+    assert!(stage.score(&text, 600, 1, 16).unwrap() < 2.0);
+}
+
+#[test]
+fn parameters_survive_their_files() {
+    let golden = Golden::open("llama_rope_llama3");
+    let folder = tempfile::tempdir().unwrap();
+    let range = BlockRange { first: 1, end: 3 };
+    let files: Vec<_> = range
+        .parts(3)
+        .map(|part| folder.path().join(part.to_string()))
+        .collect();
+    let mut stage = stage(&golden, range, inner());
+    stage.write(&files).unwrap();
+    // The outer momentum follows the parameters.
+    let mut bytes = std::fs::read(&files[0]).unwrap();
+    bytes.extend_from_slice(&[0xff; 16]);
+    std::fs::write(&files[0], &bytes).unwrap();
+    let again = TrainStage::load(&golden.config_json, range, &files, inner(), 10, &Device::cpu()).unwrap();
+    assert_eq!(again.parameters(), stage.parameters());
+    std::fs::write(&files[1], &bytes[..100]).unwrap();
+    assert!(matches!(stage.set(&files), Err(TrainError::File { .. })));
+    assert_eq!(again.parameters(), stage.parameters());
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let golden = Golden::open("llama_rope_llama3");
+    let tied = Golden::open("llama_tied_sharded");
+    let range = BlockRange { first: 0, end: 2 };
+    let device = Device::cpu();
+    let split = TrainStage::new(
+        &tied.config_json,
+        range,
+        tied.parameters()[..3].to_vec(),
+        inner(),
+        1,
+        &device,
+    );
+    assert_eq!(split.err(), Some(TrainError::TiedStages));
+    let mut first = stage(&golden, range, inner());
+    let tokens = golden.tokens.concat();
+    assert!(matches!(
+        first.forward(0, batch(&tokens[1..], &[])),
+        Err(TrainError::Shape { .. })
+    ));
+    assert!(matches!(
+        first.forward(0, batch(&[999; 34], &[])),
+        Err(TrainError::Token { token: 999, .. })
+    ));
+    assert_eq!(
+        first.backward(7, &[]).err(),
+        Some(TrainError::NoMicroBatch { micro_batch: 7 })
+    );
+    assert_eq!(first.apply(0, 1.0).err(), Some(TrainError::NoGradients));
+    first.forward(0, batch(&tokens, &[])).unwrap();
+    let gradient = vec![f32::NAN; 2 * 16 * 64];
+    assert!(matches!(
+        first.backward(0, &gradient),
+        Err(TrainError::NotFinite { .. })
+    ));
+    assert!(matches!(first.score(&tokens, 1, 1, 8), Err(TrainError::Kind { .. })));
+}
+
+fn stage(golden: &Golden, range: BlockRange, inner: Inner) -> TrainStage {
+    let parts = range.parts(golden.config.blocks);
+    let parameters = golden.parameters()[parts.start as usize..parts.end as usize].to_vec();
+    TrainStage::new(&golden.config_json, range, parameters, inner, 10, &Device::cpu()).unwrap()
+}
+
+fn batch<'a>(tokens: &'a [u32], hidden: &'a [f32]) -> TrainInput<'a> {
+    TrainInput {
+        tokens,
+        hidden,
+        batch: 2,
+        seq: 16,
+    }
+}
+
+fn loss(output: TrainOutput) -> (f32, Vec<f32>) {
+    match output {
+        TrainOutput::Loss { loss, input_gradient } => (loss, input_gradient),
+        TrainOutput::Hidden(_) => panic!("no head"),
+    }
+}
+
+fn hidden(output: TrainOutput) -> Vec<f32> {
+    match output {
+        TrainOutput::Hidden(hidden) => hidden,
+        TrainOutput::Loss { .. } => panic!("a head"),
+    }
+}
+
+fn by_name(golden: &Golden, parts: &[Vec<f32>]) -> std::collections::BTreeMap<String, Vec<f32>> {
+    let mut named = std::collections::BTreeMap::new();
+    for (part, values) in layout(&golden.config).parts.iter().zip(parts) {
+        let mut start = 0;
+        for tensor in &part.tensors {
+            let end = start + tensor.elements().unwrap();
+            named.insert(tensor.name.clone(), values[start..end].to_vec());
+            start = end;
+        }
+    }
+    named
+}
+
+fn inner() -> Inner {
+    Inner {
+        steps: 10,
+        batch: 2,
+        micro_batches: 1,
+        seq: 16,
+        learning_rate: 0.01,
+        warmup_steps: 4,
+        beta_1: 0.9,
+        beta_2: 0.95,
+        epsilon: 1e-8,
+        weight_decay: 0.1,
+        clip_norm: 1.0,
+        decay_ppm: 200_000,
+    }
+}
