@@ -19,7 +19,12 @@ pub fn place(blocks: u32, held: &[BlockRange], capacity_blocks: u32) -> Option<B
     if capacity_blocks == 0 || blocks == 0 || blocks > BLOCKS_MAX {
         return None;
     }
-    let held: Vec<BlockRange> = held.iter().copied().filter(|range| range.fits(blocks)).take(STAGES_MAX).collect();
+    let held: Vec<BlockRange> = held
+        .iter()
+        .copied()
+        .filter(|range| range.fits(blocks))
+        .take(STAGES_MAX)
+        .collect();
     let holders = holders(blocks, &held);
     first_gap(&holders, capacity_blocks).or_else(|| least_held(blocks, &held, &holders, capacity_blocks))
 }
@@ -39,7 +44,10 @@ fn first_gap(holders: &[u32], capacity_blocks: u32) -> Option<BlockRange> {
     let mut gap = (0u32..).zip(holders).skip_while(|(_, count)| **count > 0);
     let (first, _) = gap.next()?;
     let more = gap.take_while(|(_, count)| **count == 0).count();
-    let length = u32::try_from(more).unwrap_or(u32::MAX).saturating_add(1).min(capacity_blocks);
+    let length = u32::try_from(more)
+        .unwrap_or(u32::MAX)
+        .saturating_add(1)
+        .min(capacity_blocks);
     Some(BlockRange {
         first,
         end: first + length,
@@ -49,7 +57,11 @@ fn first_gap(holders: &[u32], capacity_blocks: u32) -> Option<BlockRange> {
 /// Among the ranges from border to border for which there is room: the one whose blocks have the fewest holders, then
 /// the longest, then the first.
 fn least_held(blocks: u32, held: &[BlockRange], holders: &[u32], capacity_blocks: u32) -> Option<BlockRange> {
-    let borders: BTreeSet<u32> = held.iter().flat_map(|range| [range.first, range.end]).chain([0, blocks]).collect();
+    let borders: BTreeSet<u32> = held
+        .iter()
+        .flat_map(|range| [range.first, range.end])
+        .chain([0, blocks])
+        .collect();
     let sums = running_sums(holders);
     let mut best: Option<((u64, u32, u32), BlockRange)> = None;
     for first in &borders {
@@ -91,7 +103,13 @@ fn running_sums(holders: &[u32]) -> Vec<u64> {
 }
 
 fn sum(sums: &[u64], first: u32, end: u32) -> u64 {
-    let at = |block: u32| usize::try_from(block).ok().and_then(|block| sums.get(block)).copied().unwrap_or(0);
+    let at = |block: u32| {
+        usize::try_from(block)
+            .ok()
+            .and_then(|block| sums.get(block))
+            .copied()
+            .unwrap_or(0)
+    };
     at(end).saturating_sub(at(first))
 }
 
@@ -125,7 +143,10 @@ mod tests {
 
     #[test]
     fn ranges_that_lie_are_not_looked_at() {
-        let lie = BlockRange { first: 7, end: u32::MAX };
+        let lie = BlockRange {
+            first: 7,
+            end: u32::MAX,
+        };
         assert_eq!(place(4, &[lie], 4), range(0, 4));
     }
 

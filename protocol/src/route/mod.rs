@@ -227,7 +227,8 @@ mod tests {
         }
         let fits = |offer: &&Offer| offer.range.first == from && offer.range.end <= 6;
         let ways = offers.iter().filter(fits);
-        ways.filter_map(|offer| Some(micros(offer) + fastest(offers, offer.range.end)?)).min()
+        ways.filter_map(|offer| Some(micros(offer) + fastest(offers, offer.range.end)?))
+            .min()
     }
 
     fn offer(id: u8, range: core::ops::Range<u32>, token_micros: u32) -> Offer {

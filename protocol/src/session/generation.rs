@@ -224,7 +224,8 @@ impl Generation {
         if prompt == 0 {
             generation.give_up("the prompt is empty", effects);
         } else if prompt >= context {
-            let reason = format!("the prompt has {prompt} tokens, and with an answer at most {context} fit the context");
+            let reason =
+                format!("the prompt has {prompt} tokens, and with an answer at most {context} fit the context");
             generation.give_up(&reason, effects);
         } else if generation.request.tokens_max == 0 {
             generation.end(Why::Length, effects);
@@ -266,7 +267,11 @@ impl Generation {
             Phase::Wiring | Phase::Replaying | Phase::Running => Some(silence),
             Phase::Ended => return None,
         };
-        looks.chain(openings).chain(silence).chain([self.token_at + self.limits.patience]).min()
+        looks
+            .chain(openings)
+            .chain(silence)
+            .chain([self.token_at + self.limits.patience])
+            .min()
     }
 
     /// Takes one input, and appends what the caller must now do, in order.
@@ -320,7 +325,10 @@ impl Generation {
         } else {
             format!("; last, {}", self.loss_last)
         };
-        self.give_up(&format!("no chain of nodes serves the blocks {first} to {end}{last}"), effects);
+        self.give_up(
+            &format!("no chain of nodes serves the blocks {first} to {end}{last}"),
+            effects,
+        );
     }
 
     fn said(&mut self, now: Instant, id: SeatId, message: FromSeat, effects: &mut Vec<Effect>) {
@@ -437,7 +445,10 @@ impl Generation {
 
     /// Once every seat is open, tells each who sits beside it.
     fn assembled(&mut self, now: Instant, effects: &mut Vec<Effect>) {
-        let opening = self.seats.iter().any(|seat| matches!(seat.state, State::Opening { .. }));
+        let opening = self
+            .seats
+            .iter()
+            .any(|seat| matches!(seat.state, State::Opening { .. }));
         if self.phase != Phase::Assembling || opening || !self.gaps.is_empty() {
             return;
         }
@@ -481,7 +492,11 @@ impl Generation {
         }
         let attempt = self.attempt;
         let fresh = self.seats.iter().position(|seat| seat.fresh);
-        self.phase = if fresh.is_some() { Phase::Replaying } else { Phase::Running };
+        self.phase = if fresh.is_some() {
+            Phase::Replaying
+        } else {
+            Phase::Running
+        };
         match fresh {
             None => self.send_tokens(certain, None, false, effects),
             Some(0) => self.send_tokens(0, Some(certain), true, effects),
@@ -505,7 +520,9 @@ impl Generation {
             return;
         };
         let start = usize::try_from(first).unwrap_or(usize::MAX);
-        let end = end.and_then(|end| usize::try_from(end).ok()).unwrap_or(self.tokens.len());
+        let end = end
+            .and_then(|end| usize::try_from(end).ok())
+            .unwrap_or(self.tokens.len());
         let tokens = self.tokens.get(start..end).unwrap_or_default();
         let mut position = first;
         let mut chunks = tokens.chunks(TOKENS_PER_MESSAGE_MAX).peekable();

@@ -209,7 +209,9 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, MessageError> {
 
 /// A reason, cut to what may be passed on.
 pub fn reason(text: &str) -> String {
-    text.get(..text.floor_char_boundary(REASON_BYTES_MAX)).unwrap_or_default().into()
+    text.get(..text.floor_char_boundary(REASON_BYTES_MAX))
+        .unwrap_or_default()
+        .into()
 }
 
 #[cfg(test)]

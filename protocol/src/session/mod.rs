@@ -14,9 +14,9 @@ mod seat;
 mod tests;
 
 pub use generation::{Effect, Generation, Input, Limits, Request, Why};
-pub use seat::{CHUNK_ROWS, Computed, Seat, SeatEffect, SeatInput};
 pub use journal::{Journal, JournalError};
 pub use message::{
     Feed, FromSeat, MESSAGE_BYTES_MAX, MessageError, Opening, REASON_BYTES_MAX, SeatId, SeatRequest, SessionId,
     TOKENS_PER_MESSAGE_MAX, ToSeat, Wiring, decode, encode, reason,
 };
+pub use seat::{CHUNK_ROWS, Computed, Seat, SeatEffect, SeatInput};

@@ -172,7 +172,9 @@ impl Seat {
         let Some(wiring) = self.wiring_of(attempt) else { return };
         let Some(rows) = self.journal.rows(0, positions) else {
             let held = self.journal.positions();
-            effects.push(refused(&format!("the journal holds {held} positions, {positions} are asked for")));
+            effects.push(refused(&format!(
+                "the journal holds {held} positions, {positions} are asked for"
+            )));
             return;
         };
         let chunk_bytes = CHUNK_ROWS.saturating_mul(self.row_bytes).max(1);
@@ -270,7 +272,9 @@ impl Seat {
         let Some(wiring) = self.wiring_of(piece.attempt) else {
             return;
         };
-        let Piece { attempt, more, replay, .. } = piece;
+        let Piece {
+            attempt, more, replay, ..
+        } = piece;
         match computed {
             Computed::Hidden(rows) if !self.has_head => {
                 if let Err(error) = self.journal.keep(piece.position, &rows) {
@@ -294,7 +298,13 @@ impl Seat {
             }
             Computed::Token { token, log_probability } if self.has_head => {
                 if !more && !replay {
-                    self.chose(wiring, piece.position.saturating_add(piece.rows), token, log_probability, effects);
+                    self.chose(
+                        wiring,
+                        piece.position.saturating_add(piece.rows),
+                        token,
+                        log_probability,
+                        effects,
+                    );
                 }
             }
             Computed::Hidden(_) | Computed::Token { .. } => {

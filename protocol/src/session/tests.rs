@@ -174,7 +174,12 @@ impl World {
         if !self.returns {
             self.offers.retain(|offer| offer.node != node);
         }
-        let seats: Vec<SeatId> = self.homes.iter().filter(|(_, home)| **home == node).map(|(seat, _)| *seat).collect();
+        let seats: Vec<SeatId> = self
+            .homes
+            .iter()
+            .filter(|(_, home)| **home == node)
+            .map(|(seat, _)| *seat)
+            .collect();
         for seat in seats {
             self.homes.remove(&seat);
             self.lost += 1;
@@ -194,7 +199,10 @@ impl World {
                     gateway.step(self.now, Input::Chosen { gap, chain }, &mut effects);
                     self.perform(gateway, effects);
                 }
-                Effect::Open { seat, hop: Hop { node, range } } => {
+                Effect::Open {
+                    seat,
+                    hop: Hop { node, range },
+                } => {
                     self.homes.insert(seat, node);
                     let request = SeatRequest {
                         session: SessionId([0; 16]),
@@ -257,7 +265,9 @@ impl World {
             Mail::Fed(seat, feed, payload) => (seat, SeatInput::Fed { from, feed, payload }),
             Mail::Computed(seat, computed) => (seat, SeatInput::Computed(computed)),
         };
-        let Some(fake) = self.seats.get_mut(&(to, seat)) else { return };
+        let Some(fake) = self.seats.get_mut(&(to, seat)) else {
+            return;
+        };
         let mut effects = Vec::new();
         fake.machine.step(input, &mut effects);
         let mut posts = Vec::new();
@@ -270,7 +280,11 @@ impl World {
                 } => posts.push((to, 1, Mail::Computed(seat, fake.compute(position, &tokens, &payload)))),
                 SeatEffect::Say(message) => posts.push((GATEWAY, 0, Mail::Said(seat, message))),
                 SeatEffect::Feed {
-                    to, seat, feed, payload, ..
+                    to,
+                    seat,
+                    feed,
+                    payload,
+                    ..
                 } => posts.push((to, 2, Mail::Fed(seat, feed, payload))),
             }
         }
@@ -333,6 +347,11 @@ fn nobody_else_can_feed_a_seat() {
         position: 5,
         token: 999,
     };
-    world.post(NodeId([9; 32]), NodeId([1; 32]), 2, Mail::Fed(SeatId(0), feed, Vec::new()));
+    world.post(
+        NodeId([9; 32]),
+        NodeId([1; 32]),
+        2,
+        Mail::Fed(SeatId(0), feed, Vec::new()),
+    );
     assert_eq!(world.run(), undisturbed);
 }
