@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use polder_protocol::hash::NodeId;
-use quinn::{Connection, Endpoint, Incoming, RecvStream, SendStream, VarInt};
+use quinn::{Connection, Endpoint, Incoming, RecvStream, SendStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
@@ -21,8 +21,8 @@ use super::frames::{FrameReceiver, FrameSender, KIND_OPENING};
 use super::greeting::{self, Greeted, Greeting};
 use super::links::{Link, Links};
 use super::settings::{
-    ACT_WINDOW_BYTES, ADDRESS_STAGGER, ADDRESSES_MAX, Class, DataConfig, HANDSHAKES_MAX, HANDSHAKES_UNPROVEN_MAX,
-    INCOMING_MAX, RECHECK_EVERY, Service,
+    ADDRESS_STAGGER, ADDRESSES_MAX, Class, DataConfig, ECHO_BYTES_MAX, ECHOES_MAX, HANDSHAKES_MAX,
+    HANDSHAKES_UNPROVEN_MAX, INCOMING_MAX, RECHECK_EVERY, Service, welcome,
 };
 use super::tls::{self, Identity};
 use super::traffic::{Counter, PeerTraffic, Traffic};
@@ -50,6 +50,7 @@ pub(super) struct Inner {
     pub(super) blobs: BlobStore,
     pub(super) fetches: Fetches,
     pub(super) sending_chunks: Semaphore,
+    echoes: Semaphore,
     links: Links,
     traffic: Traffic,
     services: Mutex<BTreeMap<Service, mpsc::Sender<IncomingStream>>>,
@@ -124,6 +125,7 @@ impl DataPlane {
                 blobs,
                 fetches: Fetches::default(),
                 sending_chunks: Semaphore::new(blobs::SENDING_CHUNKS_MAX),
+                echoes: Semaphore::new(ECHOES_MAX),
                 links: Links::default(),
                 traffic: Traffic::default(),
                 services: Mutex::default(),
@@ -281,6 +283,16 @@ impl DataPlane {
     /// Asks the gate about every connected peer now, after a revocation or a new charter. It also happens every minute.
     pub fn recheck_now(&self) {
         self.inner.links.recheck(&*self.inner.gate);
+    }
+
+    /// Closes the connections with a peer that another plane knows to be gone, so that whoever waits for it learns so
+    /// now and not after the idle time. A peer that is there after all is dialled anew by the next open.
+    pub fn hang_up(&self, peer: NodeId) {
+        for link in self.inner.links.all() {
+            if link.admitted.node == peer {
+                greeting::close(&link.connection, Closing::Replaced, "taken for gone");
+            }
+        }
     }
 
     /// Tells all peers, and waits until they know or a second has passed.
@@ -460,9 +472,7 @@ impl DataPlane {
         let mut receiver = self.receiver(receive, peer, counter.clone());
         let greeted = greeting::check(&connection, &mut receiver, &*self.inner.gate, peer).await?;
         let class = greeted.greeting.class;
-        if class == Class::Act {
-            connection.set_receive_window(VarInt::from_u32(ACT_WINDOW_BYTES));
-        }
+        welcome(&connection, class);
         let mut sender = FrameSender::new(send, peer, counter);
         greeting::show(&mut sender, &*self.inner.gate, self.greeting(class, &connection)).await?;
         sender.finish();
@@ -534,7 +544,7 @@ impl DataPlane {
         });
         let Some(taker) = taker else {
             match service {
-                Some(Service::Echo) => echo(sender, receiver).await,
+                Some(Service::Echo) => self.echo(sender, receiver).await,
                 Some(Service::Blob) => blobs::answer(self, &header, sender, receiver).await,
                 Some(Service::Session | Service::Replica) | None => {
                     receiver.stop(StreamEnd::NotServed);
@@ -558,12 +568,17 @@ impl DataPlane {
             stream.sender.break_off(StreamEnd::Busy);
         }
     }
-}
 
-async fn echo(mut sender: FrameSender, mut receiver: FrameReceiver) {
-    while let Ok(Some((header, payload))) = receiver.next().await {
-        if sender.send(&header, payload).await.is_err() {
+    async fn echo(&self, mut sender: FrameSender, mut receiver: FrameReceiver) {
+        let Ok(_permit) = self.inner.echoes.try_acquire() else {
+            receiver.stop(StreamEnd::Busy);
+            sender.break_off(StreamEnd::Busy);
             return;
+        };
+        while let Ok(Some((header, payload))) = receiver.next_within(ECHO_BYTES_MAX).await {
+            if sender.send(&header, payload).await.is_err() {
+                return;
+            }
         }
     }
 }

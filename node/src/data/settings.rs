@@ -53,7 +53,7 @@ pub struct DataConfig {
     pub listen: SocketAddr,
     /// Connections held at once. Two per peer, so 2,048 serve a federation of a thousand gateways.
     pub connections_max: usize,
-    /// A silent connection is given up after so long. Four lost keep-alives.
+    /// A silent connection is given up after so long: four lost keep-alives. Somebody may be waiting for an answer.
     pub idle: Duration,
     /// A byte is sent at least so often: home routers forget a UDP flow after 30 s.
     pub keep_alive: Duration,
@@ -78,8 +78,8 @@ impl DataConfig {
             seed,
             listen,
             connections_max: 2_048,
-            idle: Duration::from_secs(16),
-            keep_alive: Duration::from_secs(4),
+            idle: Duration::from_secs(10),
+            keep_alive: Duration::from_millis(2_500),
             greeting_max: Duration::from_secs(10),
             opening_max: Duration::from_secs(10),
             frame_stall_max: Duration::from_secs(30),
@@ -134,15 +134,32 @@ pub(super) const RECHECK_EVERY: Duration = Duration::from_secs(60);
 /// The kernel's buffers for the socket: 4 MiB are 32 ms at 1 Gbit/s, longer than any pause of the runtime.
 pub(super) const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 
-/// The connection window of [`Class::Act`], set after the greeting on the side that accepts.
-pub(super) const ACT_WINDOW_BYTES: u32 = 6 << 20;
+/// What all streams of one connection may have under way.
+pub(super) fn window_bytes(class: Class) -> u32 {
+    match class {
+        // Several activations of a long prefill. More would only queue, and the last in the queue waits longest.
+        Class::Act => 6 << 20,
+        // 1 Gbit/s at 128 ms; above that a lossy path overruns quinn's reassembly limit.
+        Class::Bulk => 16 << 20,
+    }
+}
 
-/// The transport of one class.
-pub(super) fn transport(config: &DataConfig, class: Class) -> Arc<TransportConfig> {
-    let (stream_window, window) = match class {
-        Class::Act => (4 << 20, ACT_WINDOW_BYTES),
-        // 1 Gbit/s at 64 ms in one stream; above 16 MiB a lossy path overruns quinn's reassembly limit.
-        Class::Bulk => (8 << 20, 16 << 20),
+/// What a stranger may have under way before its greeting has been checked: the greeting.
+const STRANGER_WINDOW_BYTES: u32 = 256 << 10;
+
+/// Echoes at once, over all peers, and the largest frame that is sent back: 64 MiB in all.
+pub(super) const ECHOES_MAX: usize = 16;
+/// See [`ECHOES_MAX`].
+pub(super) const ECHO_BYTES_MAX: u64 = 4 << 20;
+
+/// The transport of a connection of one class; of one that a stranger has dialled where there is no class yet.
+/// [`welcome`] widens it.
+pub(super) fn transport(config: &DataConfig, class: Option<Class>) -> Arc<TransportConfig> {
+    let (stream_window, window, streams) = match class {
+        Some(Class::Act) => (4 << 20, window_bytes(Class::Act), STREAMS_MAX),
+        Some(Class::Bulk) => (8 << 20, window_bytes(Class::Bulk), STREAMS_MAX),
+        // The window of a stream cannot change later; that of the connection can, and bounds it.
+        None => (8 << 20, STRANGER_WINDOW_BYTES, 1),
     };
     let mut congestion = CubicConfig::default();
     // One activation of 64 KiB to 1 MiB leaves at once instead of being paced over a round trip.
@@ -151,7 +168,7 @@ pub(super) fn transport(config: &DataConfig, class: Class) -> Arc<TransportConfi
     transport
         .stream_receive_window(VarInt::from_u32(stream_window))
         .receive_window(VarInt::from_u32(window))
-        .send_window(u64::from(window))
+        .send_window(u64::from(window_bytes(class.unwrap_or(Class::Bulk))))
         .congestion_controller_factory(Arc::new(congestion))
         // The default of 333 ms makes the first lost packet cost a second.
         .initial_rtt(Duration::from_millis(100))
@@ -159,7 +176,13 @@ pub(super) fn transport(config: &DataConfig, class: Class) -> Arc<TransportConfi
         .max_idle_timeout(IdleTimeout::try_from(config.idle).ok())
         .datagram_receive_buffer_size(None)
         .max_concurrent_uni_streams(VarInt::from_u32(0))
-        .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS_MAX))
+        .max_concurrent_bidi_streams(VarInt::from_u32(streams))
         .enable_segmentation_offload(config.segmentation_offload);
     Arc::new(transport)
+}
+
+/// Gives an admitted peer the room of its class.
+pub(super) fn welcome(connection: &quinn::Connection, class: Class) {
+    connection.set_receive_window(VarInt::from_u32(window_bytes(class)));
+    connection.set_max_concurrent_bi_streams(VarInt::from_u32(STREAMS_MAX));
 }

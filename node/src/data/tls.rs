@@ -42,8 +42,7 @@ impl Identity {
         tls.key_log = Arc::new(rustls::NoKeyLog);
         let crypto = QuicServerConfig::try_from(tls).map_err(|error| no_certificate(&error))?;
         let mut server = ServerConfig::with_crypto(Arc::new(crypto));
-        // The class is known only after the greeting, which then narrows the window of `Act`.
-        server.transport_config(transport(config, Class::Bulk));
+        server.transport_config(transport(config, None));
         Ok(server)
     }
 
@@ -55,7 +54,7 @@ impl Identity {
         tls.key_log = Arc::new(rustls::NoKeyLog);
         let crypto = QuicClientConfig::try_from(tls).map_err(|error| no_certificate(&error))?;
         let mut client = ClientConfig::new(Arc::new(crypto));
-        client.transport_config(transport(config, class));
+        client.transport_config(transport(config, Some(class)));
         Ok(client)
     }
 }

@@ -9,7 +9,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::UNIX_EPOCH;
 
 use polder_protocol::blob::{CHUNK_BYTES, CHUNKS_MAX, ChunkError, MANIFEST_BYTES_MAX, Manifest, ManifestError};
@@ -96,6 +96,8 @@ pub struct BlobStore {
 struct Inner {
     folder: PathBuf,
     new_files: AtomicU64,
+    // Held for writing while blobs are removed, so that none loses its manifest while its bytes are being named.
+    removing: RwLock<()>,
     manifests: Mutex<BTreeMap<BlobId, Arc<Manifest>>>,
     partials: Mutex<BTreeMap<BlobId, Arc<Partial>>>,
 }
@@ -127,6 +129,7 @@ impl BlobStore {
         let inner = Inner {
             folder,
             new_files: AtomicU64::new(0),
+            removing: RwLock::new(()),
             manifests: Mutex::default(),
             partials: Mutex::default(),
         };
@@ -141,6 +144,7 @@ impl BlobStore {
     pub fn put_bytes(&self, bytes: &[u8]) -> Result<BlobId, BlobError> {
         let manifest = Manifest::of(bytes);
         let id = manifest.id();
+        let _nothing_goes = self.keeping();
         if !self.has(id) {
             self.keep_manifest(id, &manifest)?;
             self.write_whole(&self.blob_path(id), |file| file.write_all(bytes))?;
@@ -155,6 +159,7 @@ impl BlobStore {
     ///
     /// [`BlobError::Disk`] or [`BlobError::TooLarge`]; nothing is kept then, and the file is where it was.
     pub fn put_file(&self, path: &Path, keep: Keep) -> Result<BlobId, BlobError> {
+        let _nothing_goes = self.keeping();
         let link = link_to(path)?;
         let mut source = File::open(path).map_err(disk("open", path))?;
         let manifest = match keep {
@@ -260,21 +265,8 @@ impl BlobStore {
     ///
     /// [`BlobError::Disk`] when a file cannot be removed.
     pub fn remove(&self, id: BlobId) -> Result<(), BlobError> {
-        // The manifest last: without it the rest is not found again.
-        for path in [
-            self.blob_path(id),
-            self.link_path(id),
-            self.partial_path(id),
-            self.manifest_path(id),
-        ] {
-            match fs::remove_file(&path) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(disk("remove", &path)(error)),
-            }
-        }
-        self.manifests().remove(&id);
-        Ok(())
+        let _nothing_comes = self.inner.removing.write().unwrap_or_else(PoisonError::into_inner);
+        self.remove_files(id)
     }
 
     /// Every blob of which anything is here.
@@ -295,6 +287,7 @@ impl BlobStore {
     ///
     /// [`BlobError::Disk`] when a file cannot be removed.
     pub fn retain(&self, keep: &BTreeSet<BlobId>) -> Result<u64, BlobError> {
+        let _nothing_comes = self.inner.removing.write().unwrap_or_else(PoisonError::into_inner);
         let mut freed = 0;
         for id in self.list()? {
             if keep.contains(&id) || self.partials().contains_key(&id) {
@@ -306,7 +299,7 @@ impl BlobStore {
                 .filter_map(|path| fs::metadata(path).ok())
                 .map(|file| file.len())
                 .sum::<u64>();
-            self.remove(id)?;
+            self.remove_files(id)?;
         }
         Ok(freed)
     }
@@ -332,6 +325,7 @@ impl BlobStore {
 
     /// Begins or resumes a fetch: checks what an earlier one left.
     pub(super) fn begin(&self, id: BlobId, manifest: &Manifest) -> Result<Arc<Partial>, BlobError> {
+        let _nothing_goes = self.keeping();
         self.keep_manifest(id, manifest)?;
         let manifest = self.remember(id, manifest.clone());
         let partial = Arc::new(Partial::open(id, manifest, self.partial_path(id))?);
@@ -359,6 +353,24 @@ impl BlobStore {
         {
             partials.remove(&partial.id());
         }
+    }
+
+    fn remove_files(&self, id: BlobId) -> Result<(), BlobError> {
+        // The manifest last: without it the rest is not found again.
+        for path in [
+            self.blob_path(id),
+            self.link_path(id),
+            self.partial_path(id),
+            self.manifest_path(id),
+        ] {
+            match fs::remove_file(&path) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(disk("remove", &path)(error)),
+            }
+        }
+        self.manifests().remove(&id);
+        Ok(())
     }
 
     fn copy_in(&self, path: &Path, source: &mut File) -> Result<BlobId, BlobError> {
@@ -447,6 +459,10 @@ impl BlobStore {
 
     fn manifest_path(&self, id: BlobId) -> PathBuf {
         self.inner.folder.join(format!("{id}.manifest"))
+    }
+
+    fn keeping(&self) -> RwLockReadGuard<'_, ()> {
+        self.inner.removing.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn manifests(&self) -> MutexGuard<'_, BTreeMap<BlobId, Arc<Manifest>>> {

@@ -145,6 +145,21 @@ async fn a_peer_that_was_revoked_loses_its_connections() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn whoever_waits_for_a_peer_that_is_known_to_be_gone_learns_so_at_once() {
+    let town = Town::new();
+    let (here, there) = (town.node(1), town.node(2));
+    let (_sender, mut receiver) = here
+        .open(there.node(), Class::Act, Service::Echo, vec![])
+        .await
+        .unwrap();
+    here.hang_up(there.node());
+    assert!(matches!(receiver.next().await, Err(DataError::Lost { .. })));
+    here.open(there.node(), Class::Act, Service::Echo, vec![])
+        .await
+        .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn after_a_restart_the_peer_is_dialled_anew() {
     let town = Town::new();
     let here = town.node(1);
