@@ -153,6 +153,9 @@ pub fn apply(
         }
         summary.skipped += u64::from(!outer_step(theta, m, &mean, step));
     }
+    if step.momentum == 0.0 {
+        state.drop_momentum();
+    }
     Ok(summary)
 }
 

@@ -73,8 +73,8 @@ impl PartState {
         bytes
     }
 
-    /// Forgets the momentum, before a round that has none.
-    pub fn drop_momentum(&mut self) {
+    /// Forgets the momentum, after a round that has none.
+    pub(super) fn drop_momentum(&mut self) {
         self.momentum.fill(0.0);
     }
 }

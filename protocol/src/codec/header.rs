@@ -24,7 +24,7 @@ pub struct Header {
     pub round: u64,
     /// The replica that trained.
     pub replica: u64,
-    /// The hash of the state from which the replica started ([`crate::run::state_hash`]).
+    /// From which state the replica started: [`crate::run::state_hash`] of the parts of the node that wrote this.
     pub base: Digest,
     /// Which part of the model.
     pub part: Part,

@@ -1,0 +1,136 @@
+//! The device as training uses it: what is loaded in the worker, and orders whose answers have the right kind.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use polder_protocol::hash::{BlobId, RunId};
+use polder_protocol::layout::BlockRange;
+use polder_protocol::run::RunSpec;
+use polder_protocol::work::{Answer, Task};
+
+use super::jobs::JobError;
+use super::world::{Compute, TRAINING_STAGE};
+
+/// Who holds the desk may order. What the worker is believed to have loaded is forgotten when the worker is another.
+pub(super) struct Desk {
+    compute: Arc<dyn Compute>,
+    stage: Option<(u64, RunId, BlockRange)>,
+    data: Option<(u64, BlobId, Vec<PathBuf>)>,
+}
+
+impl Desk {
+    pub(super) fn new(compute: Arc<dyn Compute>) -> Self {
+        Self {
+            compute,
+            stage: None,
+            data: None,
+        }
+    }
+
+    /// Loads the stage, or gives the one that is loaded the parameters in `part_files`.
+    pub(super) async fn load(
+        &mut self,
+        run: RunId,
+        spec: &RunSpec,
+        range: BlockRange,
+        part_files: Vec<String>,
+    ) -> Result<(), JobError> {
+        if self.stage == Some((self.compute.life(), run, range)) {
+            let task = Task::TrainSet {
+                stage: TRAINING_STAGE,
+                part_files,
+            };
+            return self.order(task, Bytes::new(), done).await;
+        }
+        let (config_json, inner) = (spec.config_json.clone(), spec.inner);
+        let task = Task::TrainLoad {
+            stage: TRAINING_STAGE,
+            config_json,
+            range,
+            part_files,
+            inner,
+            steps_total: spec.rounds.saturating_mul(u64::from(inner.steps)),
+        };
+        self.stage = None;
+        self.order(task, Bytes::new(), |answer, _| match answer {
+            Answer::Loaded { .. } => Ok(()),
+            other => Err(other),
+        })
+        .await?;
+        self.stage = Some((self.compute.life(), run, range));
+        Ok(())
+    }
+
+    /// Says that the stage may be in the middle of something: the next round loads it anew.
+    pub(super) fn forget_stage(&mut self) {
+        self.stage = None;
+    }
+
+    /// Makes these texts the ones that batches come from.
+    pub(super) async fn load_data(
+        &mut self,
+        tokenizer: (BlobId, &Path),
+        files: Vec<PathBuf>,
+    ) -> Result<(), JobError> {
+        let (tokenizer, tokenizer_path) = tokenizer;
+        let wanted = (self.compute.life(), tokenizer, files);
+        if self.data.as_ref() == Some(&wanted) {
+            return Ok(());
+        }
+        self.data = None;
+        let task = Task::TrainData {
+            tokenizer_file: utf8(tokenizer_path)?,
+            text_files: wanted.2.iter().map(|path| utf8(path)).collect::<Result<_, _>>()?,
+        };
+        self.order(task, Bytes::new(), |answer, _| match answer {
+            Answer::Data { .. } => Ok(()),
+            other => Err(other),
+        })
+        .await?;
+        self.data = Some(wanted);
+        Ok(())
+    }
+
+    /// Orders, and takes from the answer what `read` finds in it.
+    pub(super) async fn order<T>(
+        &self,
+        task: Task,
+        payload: Bytes,
+        read: impl FnOnce(Answer, Bytes) -> Result<T, Answer>,
+    ) -> Result<T, JobError> {
+        order(self.compute.as_ref(), task, payload, read).await
+    }
+}
+
+/// Orders, and takes from the answer what `read` finds in it.
+pub(super) async fn order<T>(
+    compute: &dyn Compute,
+    task: Task,
+    payload: Bytes,
+    read: impl FnOnce(Answer, Bytes) -> Result<T, Answer>,
+) -> Result<T, JobError> {
+    let (answer, payload) = compute.order(task, payload).await.map_err(JobError::Failed)?;
+    read(answer, payload).map_err(|answer| match answer {
+        Answer::Failed { reason } => JobError::Failed(reason),
+        other => {
+            let mut text = format!("the worker gave an answer to another question: {other:?}");
+            text.truncate(text.floor_char_boundary(200));
+            JobError::Failed(text)
+        }
+    })
+}
+
+/// For orders that are answered with [`Answer::Done`].
+pub(super) fn done(answer: Answer, _: Bytes) -> Result<(), Answer> {
+    match answer {
+        Answer::Done => Ok(()),
+        other => Err(other),
+    }
+}
+
+/// A path as the worker is told it.
+pub(super) fn utf8(path: &Path) -> Result<String, JobError> {
+    let text = path.to_str().map(str::to_owned);
+    text.ok_or_else(|| JobError::Failed(format!("{} is no UTF-8 path", path.display())))
+}

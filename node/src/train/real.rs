@@ -1,0 +1,1 @@
+//! The network, the store and the device as the daemon has them.
