@@ -22,9 +22,6 @@ use super::meeting::Opening;
 use super::world::{Link, TRAINING_STAGE};
 use super::{gradient, whole};
 
-/// How long a stage waits for its neighbours to begin the same round. A neighbour may have to fetch the state first,
-/// and one that failed tries again within this time.
-const MEETING_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a stage waits for the next thing from a neighbour: several micro-batches of the slowest device.
 const NEIGHBOUR_PATIENCE: Duration = Duration::from_secs(120);
 /// The wait before a stream that could not be opened is tried again.
@@ -129,7 +126,7 @@ async fn meet(
                 tokio::time::sleep(OPEN_AGAIN).await;
             }
         };
-        let opened = tokio::time::timeout(MEETING_PATIENCE, open).await;
+        let opened = tokio::time::timeout(jobs.meeting_patience, open).await;
         let opened = opened.map_err(|_| JobError::Failed(format!("stage {} cannot be reached", next.node.short())));
         opened.map(Some)
     };
@@ -137,7 +134,7 @@ async fn meet(
         let Some((previous, number)) = stage.checked_sub(1).and_then(|n| Some((stages.get(n)?, n))) else {
             return Ok(None);
         };
-        let link = jobs.meeting.wait(previous.node, opening(number), MEETING_PATIENCE).await;
+        let link = jobs.meeting.wait(previous.node, opening(number), jobs.meeting_patience).await;
         let link = link.ok_or_else(|| JobError::Failed(format!("stage {} did not come", previous.node.short())));
         link.map(Some)
     };

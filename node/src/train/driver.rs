@@ -395,9 +395,7 @@ impl Driver {
             info!(run = %run.short(), ?error, "does not train");
             return;
         }
-        let data = self.jobs.data.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let languages = data.languages_of(&spec.data);
-        drop(data);
+        let languages = self.jobs.languages(&spec);
         let joining = Joining { blocks_max, languages };
         let steward = spec.steward;
         Box::pin(self.step(Input::Local(Command::Join { run, steward, joining }))).await;

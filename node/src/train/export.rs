@@ -36,7 +36,7 @@ pub enum ExportError {
 /// # Errors
 ///
 /// [`ExportError`]; files are put in place whole or not at all.
-pub fn write_folder(
+pub(super) fn write_folder(
     folder: &Path,
     config_json: &str,
     tokenizer: &Path,
@@ -72,7 +72,7 @@ pub fn write_folder(
 /// # Errors
 ///
 /// [`ExportError`]; the file is put in place whole or not at all.
-pub fn write_safetensors(path: &Path, parts: &[(&PartLayout, &Path)]) -> Result<(), ExportError> {
+pub(super) fn write_safetensors(path: &Path, parts: &[(&PartLayout, &Path)]) -> Result<(), ExportError> {
     let header = header(parts)?;
     for (layout, state) in parts {
         let expected_bytes = part_bytes(layout)?;

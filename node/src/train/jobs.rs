@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -49,6 +50,8 @@ pub(super) struct Jobs {
     pub(super) board: Arc<Board>,
     pub(super) data: Arc<Mutex<DataSets>>,
     pub(super) meeting: Meeting,
+    /// How long a stage waits for its neighbours to begin the same round.
+    pub(super) meeting_patience: Duration,
     /// One round is trained at a time.
     pub(super) desk: tokio::sync::Mutex<Desk>,
     /// The folder of all runs.
@@ -138,6 +141,12 @@ impl Jobs {
         Ok(files)
     }
 
+    /// The languages of those texts.
+    pub(super) fn languages(&self, spec: &RunSpec) -> Vec<String> {
+        let data = self.data.lock().unwrap_or_else(PoisonError::into_inner);
+        data.languages_of(&spec.data)
+    }
+
     async fn fetch(
         &self,
         run: RunId,
@@ -152,12 +161,13 @@ impl Jobs {
     async fn fetch_all(
         &self,
         run: RunId,
-        blobs: impl IntoIterator<Item = (BlobId, u64)>,
+        blobs: Vec<(BlobId, u64)>,
         sources: &[NodeId],
     ) -> Result<Vec<PathBuf>, JobError> {
-        let fetches = blobs
-            .into_iter()
-            .map(|(blob, bytes_max)| self.fetch(run, blob, sources.to_vec(), bytes_max));
+        let mut fetches = Vec::with_capacity(blobs.len());
+        for (blob, bytes_max) in blobs {
+            fetches.push(self.fetch(run, blob, sources.to_vec(), bytes_max));
+        }
         let fetched: Vec<_> = futures::stream::iter(fetches).buffered(FETCHES_AT_ONCE).collect().await;
         fetched.into_iter().collect()
     }
@@ -170,7 +180,7 @@ impl Jobs {
         parts: Vec<(Part, BlobId)>,
         sources: Vec<NodeId>,
     ) -> Result<Outcome, JobError> {
-        let wanted = parts.iter().map(|(part, blob)| (*blob, update_bytes(&spec, *part, round)));
+        let wanted = parts.iter().map(|(part, blob)| (*blob, update_bytes(&spec, *part, round))).collect();
         let files = self.fetch_all(run, wanted, &sources).await?;
         blocking(move || {
             for ((part, _), file) in parts.iter().zip(files) {
@@ -216,7 +226,7 @@ impl Jobs {
         parts: Vec<(Part, BlobId)>,
         sources: Vec<NodeId>,
     ) -> Result<Outcome, JobError> {
-        let wanted = parts.iter().map(|(part, blob)| (*blob, state_bytes_max(&spec, *part)));
+        let wanted = parts.iter().map(|(part, blob)| (*blob, state_bytes_max(&spec, *part))).collect();
         let files = self.fetch_all(run, wanted, &sources).await?;
         blocking(move || {
             for ((part, _), file) in parts.iter().zip(files) {

@@ -6,7 +6,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use polder_protocol::hash::digest;
 use polder_protocol::log::ENTRY_BYTES_MAX;
@@ -23,7 +23,6 @@ const RECORD_BYTES_MAX: usize = ENTRY_BYTES_MAX + (64 << 10);
 #[derive(Debug)]
 pub(super) struct Journal {
     file: File,
-    path: PathBuf,
     /// The length up to which everything is whole.
     good_bytes: u64,
 }
@@ -61,8 +60,7 @@ impl Journal {
         })?;
         let file = OpenOptions::new().append(true).open(path)?;
         let good_bytes = file.metadata()?.len();
-        let path = path.to_owned();
-        Ok((Self { file, path, good_bytes }, recovered))
+        Ok((Self { file, good_bytes }, recovered))
     }
 
     /// Appends a record. It is durable when this returns.
@@ -76,11 +74,6 @@ impl Journal {
         }
         self.good_bytes += bytes.len() as u64;
         Ok(())
-    }
-
-    /// Where it is.
-    pub(super) fn path(&self) -> &Path {
-        &self.path
     }
 }
 
@@ -176,9 +169,9 @@ mod tests {
         for round in 0..100 {
             journal.append(&state(round)).unwrap();
         }
-        let long = fs::metadata(journal.path()).unwrap().len();
-        let (journal, recovered) = Journal::open(&path).unwrap();
+        let long = fs::metadata(&path).unwrap().len();
+        let (_, recovered) = Journal::open(&path).unwrap();
         assert_eq!(recovered.run.state.map(|(round, _)| round), Some(Round(99)));
-        assert!(fs::metadata(journal.path()).unwrap().len() * 50 < long);
+        assert!(fs::metadata(&path).unwrap().len() * 50 < long);
     }
 }

@@ -33,6 +33,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use polder_protocol::hash::{FederationId, NodeId, RunId};
 use polder_protocol::log::Seal;
@@ -45,7 +46,8 @@ use tokio::task::JoinHandle;
 
 pub use datasets::{DataSet, DataSetError, DataSets};
 pub use export::ExportError;
-pub use real::{Real, TOPIC};
+pub use real::RunBlobs;
+
 pub use routes::routes;
 pub use status::{LanguageStatus, ReplicaStatus, RoundReport, RunStatus};
 pub use world::{Blobs, Compute, Link, Network};
@@ -58,6 +60,9 @@ use status::Board;
 
 /// What waits for the driver. Messages beyond are lost, as messages may be.
 const ASKS_MAX: usize = 1_024;
+
+/// A neighbour in a chain may have to fetch the state first, and one that failed tries again within this time.
+const MEETING_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How training takes part in a node.
 #[derive(Debug, Clone)]
@@ -146,6 +151,7 @@ pub fn start(
         board: Arc::new(Board::new(me)),
         data: Arc::new(Mutex::new(DataSets::open(config.home.join("data.toml"))?)),
         meeting: Meeting::default(),
+        meeting_patience: MEETING_PATIENCE,
         runs: runs.clone(),
     });
     let (asks, asked) = mpsc::channel(ASKS_MAX);
@@ -180,8 +186,8 @@ impl TrainHandle {
         }
         spec.federation = self.config.federation;
         spec.steward = self.me;
-        // The run's id is not known before its blobs are; they are kept for the run of the unfinished facts.
-        let holder = spec.id();
+        // The run's id is not known before its blobs are. They stay: whoever joins at first starts from them.
+        let holder = RunId::default();
         spec.initial.clear();
         for (layout, path) in spec.layout.parts.iter().zip(&new.initial_files) {
             let bytes = read(path)?;

@@ -254,11 +254,6 @@ impl Board {
         self.lock().get(&run)?.spec.clone()
     }
 
-    /// One run.
-    pub(super) fn status(&self, run: RunId) -> Option<RunStatus> {
-        self.lock().get(&run).map(|known| known.status.clone())
-    }
-
     /// Whether a run can still train.
     pub(super) fn is_open(&self, run: RunId) -> bool {
         let phase = self.lock().get(&run).map(|known| known.status.phase.clone());

@@ -1,0 +1,157 @@
+//! A toy device, a store in a folder and streams in memory: what training does, without a network or a tensor library.
+
+mod toy;
+mod world;
+
+use std::sync::Arc;
+
+use polder_protocol::hash::NodeId;
+use polder_protocol::layout::{BlockRange, Part};
+use polder_protocol::log::{Contribution, ReplicaId, Round, Stage};
+use polder_protocol::round::{Job, Outcome};
+use polder_protocol::run::Codec;
+
+use self::world::{Hub, Site};
+
+#[tokio::test]
+async fn a_chain_of_two_stages_trains_exactly_as_one_node_does() {
+    let hub = Hub::new(Codec::Raw);
+    let [whole, first, second] = [1, 2, 3].map(|number| hub.site(number));
+    let alone = stages(&[(&whole, 0, 2)]);
+    let chain = stages(&[(&first, 0, 1), (&second, 1, 2)]);
+    let (one, two, three) = tokio::join!(
+        whole.jobs.run(train(&hub, &alone, 0)),
+        first.jobs.run(train(&hub, &chain, 0)),
+        second.jobs.run(train(&hub, &chain, 1)),
+    );
+    let (expected, tokens, loss) = trained(one);
+    let (mut found, tokens_first, loss_first) = trained(two);
+    let (rest, tokens_second, loss_second) = trained(three);
+    found.extend(rest);
+    assert_eq!((tokens_first, tokens_second), (tokens, tokens));
+    assert_eq!((loss_first, loss_second), (loss, loss));
+    // Frames also name the base of the node that wrote them; what they carry is the same.
+    let bodies = |parts: &[(Part, polder_protocol::hash::BlobId)]| -> Vec<Vec<f32>> {
+        let read = |(part, blob): &(Part, _)| hub.update(*part, *blob);
+        parts.iter().map(read).collect()
+    };
+    assert_eq!(bodies(&found), bodies(&expected));
+}
+
+#[tokio::test]
+async fn a_chain_whose_neighbour_does_not_come_fails_this_round_and_trains_the_next() {
+    let hub = Hub::new(Codec::Raw);
+    let [first, second] = [1, 2].map(|number| hub.site(number));
+    let chain = stages(&[(&first, 0, 1), (&second, 1, 2)]);
+    let outcome = second.jobs.run(train(&hub, &chain, 1)).await;
+    let Outcome::Failed { reason } = outcome else {
+        panic!("{outcome:?}")
+    };
+    assert!(reason.contains("did not come"), "{reason}");
+    let (one, two) = tokio::join!(first.jobs.run(train(&hub, &chain, 0)), second.jobs.run(train(&hub, &chain, 1)));
+    trained(one);
+    trained(two);
+}
+
+#[tokio::test]
+async fn a_chain_whose_neighbour_dies_in_the_middle_of_a_step_ends_its_round() {
+    let hub = Hub::new(Codec::Raw);
+    let [first, second] = [1, 2].map(|number| hub.site(number));
+    second.toy.die_after(5);
+    let chain = stages(&[(&first, 0, 1), (&second, 1, 2)]);
+    let (one, two) = tokio::join!(first.jobs.run(train(&hub, &chain, 0)), second.jobs.run(train(&hub, &chain, 1)));
+    assert!(matches!(&one, Outcome::Failed { reason } if reason.contains("lost")), "{one:?}");
+    assert!(matches!(&two, Outcome::Failed { .. }), "{two:?}");
+}
+
+#[tokio::test]
+async fn two_nodes_apply_one_set_to_equal_states() {
+    for codec in [Codec::Raw, Codec::Int8, Codec::E3m0, Codec::TopkQ2 { k: 64, error_decay: 0.9 }] {
+        let hub = Hub::new(codec);
+        let [a, b] = [1, 2].map(|number| hub.site(number));
+        let (one, two) = tokio::join!(
+            a.jobs.run(train(&hub, &stages(&[(&a, 0, 2)]), 0)),
+            b.jobs.run(train_as(&hub, &stages(&[(&b, 0, 2)]), 0, ReplicaId(1))),
+        );
+        let contribution = |replica, outcome| {
+            let (parts, tokens, loss_ppm) = trained(outcome);
+            Contribution {
+                replica: ReplicaId(replica),
+                base: Round(0),
+                tokens,
+                loss_ppm,
+                parts: parts.into_iter().map(|(_, blob)| blob).collect(),
+            }
+        };
+        let set = vec![contribution(0, one), contribution(1, two)];
+        let (one, two) = tokio::join!(a.jobs.run(apply(&hub, &set)), b.jobs.run(apply(&hub, &set)));
+        assert!(matches!(one, Outcome::Applied { .. }), "{one:?}");
+        assert_eq!(one, two);
+        let mut other = set.clone();
+        other[1].base = Round(3);
+        let refused = a.jobs.run(apply(&hub, &other)).await;
+        assert!(matches!(refused, Outcome::Invalid { .. }), "{refused:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_round_trained_again_after_a_crash_gives_the_same_sparse_update() {
+    let hub = Hub::new(Codec::TopkQ2 { k: 1, error_decay: 0.9 });
+    let site = hub.site(1);
+    let alone = stages(&[(&site, 0, 2)]);
+    let once = trained(site.jobs.run(train(&hub, &alone, 0)).await);
+    // The same home, another process: everything in memory is gone.
+    let again = hub.site_in(1, Arc::clone(&site.home));
+    assert_eq!(trained(again.jobs.run(train(&hub, &alone, 0)).await), once);
+}
+
+fn trained(outcome: Outcome) -> (Vec<(Part, polder_protocol::hash::BlobId)>, u64, u64) {
+    match outcome {
+        Outcome::Trained {
+            parts,
+            tokens,
+            loss_ppm,
+        } => (parts, tokens, loss_ppm),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn stages(of: &[(&Site, u32, u32)]) -> Vec<Stage> {
+    let stage = |(site, first, end): &(&Site, u32, u32)| Stage {
+        node: site.node,
+        range: BlockRange {
+            first: *first,
+            end: *end,
+        },
+        incarnation: 0,
+    };
+    of.iter().map(stage).collect()
+}
+
+fn train(hub: &Hub, stages: &[Stage], stage: usize) -> Job {
+    train_as(hub, stages, stage, ReplicaId(0))
+}
+
+fn train_as(hub: &Hub, stages: &[Stage], stage: usize, replica: ReplicaId) -> Job {
+    let parts = stages[stage].range.parts(hub.spec.layout.blocks());
+    Job::Train {
+        run: hub.run,
+        spec: Arc::clone(&hub.spec),
+        round: Round(0),
+        replica,
+        stages: stages.to_vec(),
+        stage,
+        base: parts.map(|part| (Part(part), hub.spec.initial[part as usize])).collect(),
+    }
+}
+
+fn apply(hub: &Hub, set: &[Contribution]) -> Job {
+    Job::Apply {
+        run: hub.run,
+        spec: Arc::clone(&hub.spec),
+        round: Round(0),
+        base: (0..).map(Part).zip(hub.spec.initial.iter().copied()).collect(),
+        set: set.to_vec(),
+        sources: vec![NodeId([1; 32])],
+    }
+}

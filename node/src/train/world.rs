@@ -56,7 +56,7 @@ pub trait Network: Send + Sync + 'static {
 }
 
 /// One stream between two stages.
-pub trait Link: Send {
+pub trait Link: Send + Sync {
     /// Sends a header of at most 64 KiB and a payload.
     fn send(&mut self, header: Vec<u8>, payload: Bytes) -> BoxFuture<'_, Result<(), String>>;
 
