@@ -1,6 +1,7 @@
 //! The verbs. Each is a module with its arguments and one function `run(&Context, Arguments)`.
 
 mod completions;
+mod data;
 
 use clap::Subcommand;
 
@@ -9,6 +10,7 @@ use crate::context::Context;
 /// What a person can ask for.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    Data(data::Arguments),
     /// Print a completion script for a shell
     Completions(completions::Arguments),
 }
@@ -16,6 +18,7 @@ pub(crate) enum Command {
 /// Does what was asked.
 pub(crate) fn run(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
+        Command::Data(arguments) => data::run(context, arguments),
         Command::Completions(arguments) => completions::run(context, arguments),
     }
 }

@@ -48,7 +48,9 @@ pub(super) async fn train(
     stage: usize,
 ) -> Result<Outcome, JobError> {
     let spec = &training.spec;
-    let own = stages.get(stage).ok_or_else(|| JobError::Invalid("no such stage".to_owned()))?;
+    let own = stages
+        .get(stage)
+        .ok_or_else(|| JobError::Invalid("no such stage".to_owned()))?;
     let mut starts = Vec::with_capacity(training.base.len());
     for (_, blob) in &training.base {
         starts.push(utf8(&jobs.file(*blob)?)?);
@@ -73,7 +75,9 @@ pub(super) async fn train(
     drop(line);
     let ends = gradient::end_files(jobs, training);
     let kept = match trained {
-        Ok((tokens, loss)) => finish(jobs, training, &desk, ends, tokens).await.map(|parts| (parts, tokens, loss)),
+        Ok((tokens, loss)) => finish(jobs, training, &desk, ends, tokens)
+            .await
+            .map(|parts| (parts, tokens, loss)),
         Err(error) => Err(error),
     };
     if kept.is_err() {
@@ -134,7 +138,10 @@ async fn meet(
         let Some((previous, number)) = stage.checked_sub(1).and_then(|n| Some((stages.get(n)?, n))) else {
             return Ok(None);
         };
-        let link = jobs.meeting.wait(previous.node, opening(number), jobs.meeting_patience).await;
+        let link = jobs
+            .meeting
+            .wait(previous.node, opening(number), jobs.meeting_patience)
+            .await;
         let link = link.ok_or_else(|| JobError::Failed(format!("stage {} did not come", previous.node.short())));
         link.map(Some)
     };
@@ -175,7 +182,8 @@ impl Line<'_> {
             self.desk.order(apply, Bytes::new(), done).await?;
             tokens = tokens.saturating_add(step_tokens);
             losses += f64::from(loss);
-            jobs.board.trained(training.run, step.saturating_add(1), inner.steps, loss, tokens);
+            jobs.board
+                .trained(training.run, step.saturating_add(1), inner.steps, loss, tokens);
         }
         Ok((tokens, losses / f64::from(inner.steps.max(1))))
     }
@@ -221,9 +229,11 @@ impl Line<'_> {
         };
         let (from_above, (crossing, payload)) = in_time(received).await?;
         match crossing {
-            Crossing::Forward { step: s, micro_batch, tokens } if from_above && (s, micro_batch) == (step, forward) => {
-                self.unpack(tokens, payload).map(Next::Forward)
-            }
+            Crossing::Forward {
+                step: s,
+                micro_batch,
+                tokens,
+            } if from_above && (s, micro_batch) == (step, forward) => self.unpack(tokens, payload).map(Next::Forward),
             Crossing::Backward { step: s, micro_batch } if !from_above && (s, micro_batch) == (step, backward) => {
                 Ok(Next::Backward(payload))
             }
@@ -275,7 +285,11 @@ impl Line<'_> {
         let task = Task::TrainForward {
             stage: TRAINING_STAGE,
             micro_batch,
-            tokens: if needs_tokens { arrived.tokens.clone() } else { Vec::new() },
+            tokens: if needs_tokens {
+                arrived.tokens.clone()
+            } else {
+                Vec::new()
+            },
             batch: inner.batch,
             seq: inner.seq,
             boundary: self.spec.boundary,
@@ -308,7 +322,9 @@ impl Line<'_> {
                 }
                 Ok(Some(loss))
             }
-            _ => Err(JobError::Failed("the worker has another stage than the log says".to_owned())),
+            _ => Err(JobError::Failed(
+                "the worker has another stage than the log says".to_owned(),
+            )),
         }
     }
 
@@ -361,7 +377,9 @@ impl Line<'_> {
         }
         let (sum, loss) = total;
         if !(sum.is_finite() && sum >= 0.0 && loss.is_finite()) {
-            return Err(JobError::Failed(format!("step {step} diverged: gradient square sum {sum}, loss {loss}")));
+            return Err(JobError::Failed(format!(
+                "step {step} diverged: gradient square sum {sum}, loss {loss}"
+            )));
         }
         if let Some(before) = &mut self.before {
             send(before, Crossing::Total { step, sum, loss }, Bytes::new()).await?;

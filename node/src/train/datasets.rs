@@ -126,7 +126,10 @@ impl DataSets {
     /// [`DataSetError`] for a registered path that cannot be read any more.
     pub fn files_of(&self, names: &[String]) -> Result<Vec<PathBuf>, DataSetError> {
         let wanted = self.wanted(names);
-        wanted.map(DataSet::files).collect::<Result<Vec<_>, _>>().map(|files| files.concat())
+        wanted
+            .map(DataSet::files)
+            .collect::<Result<Vec<_>, _>>()
+            .map(|files| files.concat())
     }
 
     /// The languages of those of `names` that are registered here, or of everything where `names` is empty.
@@ -136,7 +139,10 @@ impl DataSets {
     }
 
     fn wanted(&self, names: &[String]) -> impl Iterator<Item = &DataSet> {
-        let wanted = self.sets.iter().filter(move |(name, _)| names.is_empty() || names.contains(name));
+        let wanted = self
+            .sets
+            .iter()
+            .filter(move |(name, _)| names.is_empty() || names.contains(name));
         wanted.map(|(_, set)| set)
     }
 
@@ -173,7 +179,9 @@ impl DataSet {
         }
         files.sort();
         if files.is_empty() {
-            return Err(DataSetError::NoText { path: self.path.clone() });
+            return Err(DataSetError::NoText {
+                path: self.path.clone(),
+            });
         }
         Ok(files)
     }
@@ -197,7 +205,12 @@ mod tests {
         sets.add("one", &texts.join("b.txt"), None).unwrap();
 
         let sets = DataSets::open(file).unwrap();
-        let names = |files: Vec<PathBuf>| files.iter().map(|path| path.file_name().unwrap().to_owned()).collect::<Vec<_>>();
+        let names = |files: Vec<PathBuf>| {
+            files
+                .iter()
+                .map(|path| path.file_name().unwrap().to_owned())
+                .collect::<Vec<_>>()
+        };
         assert_eq!(names(sets.files_of(&["folder".into()]).unwrap()), ["a.txt", "b.txt"]);
         assert_eq!(names(sets.files_of(&[]).unwrap()), ["a.txt", "b.txt", "b.txt"]);
         assert_eq!(sets.languages_of(&[]), ["de"]);
@@ -208,9 +221,18 @@ mod tests {
     fn a_bad_data_set_is_refused_and_changes_nothing() {
         let home = tempfile::tempdir().unwrap();
         let mut sets = DataSets::open(home.path().join("data.toml")).unwrap();
-        assert!(matches!(sets.add("a b", home.path(), None), Err(DataSetError::Name { .. })));
-        assert!(matches!(sets.add("empty", home.path(), None), Err(DataSetError::NoText { .. })));
-        assert!(matches!(sets.add("gone", &home.path().join("x"), None), Err(DataSetError::File { .. })));
+        assert!(matches!(
+            sets.add("a b", home.path(), None),
+            Err(DataSetError::Name { .. })
+        ));
+        assert!(matches!(
+            sets.add("empty", home.path(), None),
+            Err(DataSetError::NoText { .. })
+        ));
+        assert!(matches!(
+            sets.add("gone", &home.path().join("x"), None),
+            Err(DataSetError::File { .. })
+        ));
         assert!(matches!(sets.remove("gone"), Err(DataSetError::Unknown { .. })));
         assert!(!home.path().join("data.toml").exists());
     }

@@ -68,11 +68,7 @@ impl Desk {
     }
 
     /// Makes these texts the ones that batches come from.
-    pub(super) async fn load_data(
-        &mut self,
-        tokenizer: (BlobId, &Path),
-        files: Vec<PathBuf>,
-    ) -> Result<(), JobError> {
+    pub(super) async fn load_data(&mut self, tokenizer: (BlobId, &Path), files: Vec<PathBuf>) -> Result<(), JobError> {
         let (tokenizer, tokenizer_path) = tokenizer;
         let wanted = (self.compute.life(), tokenizer, files);
         if self.data.as_ref() == Some(&wanted) {

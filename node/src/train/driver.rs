@@ -20,11 +20,11 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tracing::{error, info, warn};
 
+use super::durable;
 use super::feedback::Buffers;
 use super::jobs::{Jobs, layout_of};
 use super::journal::Journal;
 use super::status::RoundReport;
-use super::durable;
 
 /// How long after a failed write the machines are built anew.
 const AFTER_DISK_FAILURE: Duration = Duration::from_secs(5);
@@ -66,6 +66,8 @@ pub(super) struct Driver {
     working: bool,
     /// Runs in which the machines train or wait to.
     joined: BTreeSet<RunId>,
+    /// What the machines asked for when they were built.
+    effects: Vec<Effect>,
     /// What follows from effects, for the steps after this one.
     queue: VecDeque<Input>,
 }
@@ -77,7 +79,7 @@ impl Driver {
     /// Reads all journals and builds the machines.
     pub(super) fn open(own: Participant, jobs: Arc<Jobs>, asks: mpsc::Receiver<Ask>) -> io::Result<Self> {
         let (done, done_seen) = mpsc::channel(256);
-        let node = Node::new(Arc::clone(&own.seal), incarnation());
+        let node = Node::new(Arc::clone(&own.seal), 0);
         let mut driver = Self {
             own,
             jobs,
@@ -90,24 +92,25 @@ impl Driver {
             asks,
             working: true,
             joined: BTreeSet::new(),
+            effects: Vec::new(),
             queue: VecDeque::new(),
         };
-        driver.restore()?;
+        driver.effects = driver.restore()?;
         Ok(driver)
     }
 
     /// Runs until [`Ask::Shutdown`], or until nobody is left to ask.
     pub(super) async fn run(mut self) {
-        for run in self.jobs.board.ids() {
-            self.learned(run);
-            self.wish(run).await;
-        }
+        self.go_on().await;
         loop {
             while let Some(input) = self.queue.pop_front() {
                 self.step(input).await;
             }
             let now = self.now();
-            let wake_at = self.node.wake_at().map(|at| self.began + Duration::from_micros(at.0.max(now.0)));
+            let wake_at = self
+                .node
+                .wake_at()
+                .map(|at| self.began + Duration::from_micros(at.0.max(now.0)));
             let wake = async {
                 match wake_at {
                     Some(at) => tokio::time::sleep_until(at).await,
@@ -150,14 +153,12 @@ impl Driver {
         Instant(u64::try_from(micros).unwrap_or(u64::MAX))
     }
 
-    fn restore(&mut self) -> io::Result<()> {
+    /// Builds the machines from their journals; answers with what they ask for.
+    fn restore(&mut self) -> io::Result<Vec<Effect>> {
         fs::create_dir_all(&self.jobs.runs)?;
-        let mut folders: Vec<PathBuf> = Vec::new();
+        let mut stored = BTreeMap::new();
         for entry in fs::read_dir(&self.jobs.runs)? {
-            folders.push(entry?.path());
-        }
-        folders.sort();
-        for folder in folders {
+            let folder = entry?.path();
             let id = folder.file_name().and_then(|name| name.to_str()?.parse::<RunId>().ok());
             let Some(run) = id.filter(|_| folder.join("journal").is_file()) else {
                 continue;
@@ -173,28 +174,51 @@ impl Driver {
                 self.joined.insert(run);
             }
             self.journals.insert(run, journal);
-            let mut effects = Vec::new();
-            self.node.restore(self.now(), run, recovered.run, &mut effects);
-            for effect in effects {
-                // Reports only matter here; whatever else restoring asks for is asked for again at the first wake.
-                if let Effect::Report(report) = effect {
-                    self.report(report);
-                }
+            stored.insert(run, recovered.run);
+        }
+        let mut effects = Vec::new();
+        self.node = Node::restore(
+            Arc::clone(&self.own.seal),
+            incarnation(),
+            self.now(),
+            stored,
+            &mut effects,
+        );
+        for effect in &effects {
+            if let Effect::Report(Report::LogDamaged { run, entries, .. }) = effect {
+                // What comes next continues the good entries.
+                let path = self.jobs.folder(*run).join("journal");
+                let entries = usize::try_from(*entries).unwrap_or(usize::MAX);
+                self.journals.insert(*run, Journal::open_with(&path, entries)?.0);
             }
         }
-        Ok(())
+        Ok(effects)
+    }
+
+    /// Carries out what the machines asked for when they were built, and joins what is to be joined.
+    async fn go_on(&mut self) {
+        let effects = std::mem::take(&mut self.effects);
+        self.carry_out_all(effects).await;
+        for run in self.jobs.board.ids() {
+            self.learned(run);
+            self.wish(run).await;
+        }
     }
 
     async fn step(&mut self, input: Input) {
         let mut effects = Vec::new();
         self.node.step(self.now(), input, &mut effects);
+        self.carry_out_all(effects).await;
+    }
+
+    async fn carry_out_all(&mut self, effects: Vec<Effect>) {
         let mut runs = Vec::new();
         for effect in effects {
             match self.carry_out(effect).await {
                 Ok(learned) => runs.extend(learned),
                 Err(NotDurable(error)) => {
                     error!(%error, "cannot write a run's journal; training stops until it can be written");
-                    return self.begin_anew(&error).await;
+                    return Box::pin(self.begin_anew(&error)).await;
                 }
             }
         }
@@ -309,11 +333,17 @@ impl Driver {
             }
             Report::LogDamaged { run, entries, reason } => {
                 error!(run = %run.short(), entries, reason, "stored log is damaged");
-                board.trouble(run, Some(format!("the stored log is damaged after {entries} entries: {reason}")));
+                board.trouble(
+                    run,
+                    Some(format!("the stored log is damaged after {entries} entries: {reason}")),
+                );
             }
             Report::Equivocation { ours, theirs } => {
                 error!(run = %ours.run.short(), index = theirs.index, "the steward signed two logs");
-                board.trouble(ours.run, Some(format!("the steward signed two entries {}", theirs.index)));
+                board.trouble(
+                    ours.run,
+                    Some(format!("the steward signed two entries {}", theirs.index)),
+                );
             }
             Report::JoinAnswered { run, answer } => info!(run = %run.short(), ?answer, "steward answered"),
             Report::Joined { run, node, .. } => info!(run = %run.short(), node = %node.short(), "node wants to train"),
@@ -342,11 +372,13 @@ impl Driver {
     fn note(&self, run: RunId, report: Option<RoundReport>) {
         let Some(report) = report else { return };
         let path = self.jobs.folder(run).join("rounds.jsonl");
-        let written = serde_json::to_string(&report).map_err(io::Error::other).and_then(|line| {
-            use io::Write;
-            let mut file = fs::OpenOptions::new().create(true).append(true).open(&path)?;
-            writeln!(file, "{line}")
-        });
+        let written = serde_json::to_string(&report)
+            .map_err(io::Error::other)
+            .and_then(|line| {
+                use io::Write;
+                let mut file = fs::OpenOptions::new().create(true).append(true).open(&path)?;
+                writeln!(file, "{line}")
+            });
         if let Err(error) = written {
             warn!(path = %path.display(), %error, "cannot write the round's report");
         }
@@ -354,7 +386,9 @@ impl Driver {
 
     /// Puts a refused update back into the error buffers.
     fn take_back(&mut self, run: RunId, round: Round) {
-        let Some(parts) = self.jobs.board.own_update(run, round) else { return };
+        let Some(parts) = self.jobs.board.own_update(run, round) else {
+            return;
+        };
         let Some(spec) = self.jobs.board.spec(run) else { return };
         let buffers = Buffers::new(self.jobs.folder(run).join("feedback"));
         for (part, blob) in parts {
@@ -388,7 +422,11 @@ impl Driver {
             return;
         }
         let blocks = spec.layout.blocks();
-        let blocks_max = if self.own.blocks_max == 0 { blocks } else { self.own.blocks_max };
+        let blocks_max = if self.own.blocks_max == 0 {
+            blocks
+        } else {
+            self.own.blocks_max
+        };
         let texts = self.jobs.texts(&spec);
         if let (Err(error), true) = (&texts, blocks_max >= blocks) {
             self.jobs.board.activity(run, "follows without data".to_owned());
@@ -411,7 +449,9 @@ impl Driver {
             if working {
                 self.wish(run).await;
             } else if self.joined.contains(&run) {
-                self.jobs.board.activity(run, "yields to the machine's owner".to_owned());
+                self.jobs
+                    .board
+                    .activity(run, "yields to the machine's owner".to_owned());
                 self.leave(run).await;
             }
         }
@@ -423,16 +463,20 @@ impl Driver {
 
     async fn begin_anew(&mut self, error: &io::Error) {
         for run in self.jobs.board.ids() {
-            self.jobs.board.trouble(run, Some(format!("cannot write the journal: {error}")));
+            self.jobs
+                .board
+                .trouble(run, Some(format!("cannot write the journal: {error}")));
         }
         self.stop_jobs();
         loop {
             tokio::time::sleep(AFTER_DISK_FAILURE).await;
             self.journals.clear();
             self.joined.clear();
-            self.node = Node::new(Arc::clone(&self.own.seal), incarnation());
             match self.restore() {
-                Ok(()) => return,
+                Ok(effects) => {
+                    self.effects = effects;
+                    return self.go_on().await;
+                }
                 Err(error) => error!(%error, "cannot read or write the journals of training runs"),
             }
         }

@@ -36,7 +36,11 @@ pub(super) fn write_with(path: &Path, fill: impl FnOnce(&mut File) -> io::Result
 /// Makes the names in a folder durable.
 pub(super) fn sync_folder(folder: &Path) -> io::Result<()> {
     // Only Unix can open a folder for this; elsewhere the rename is all there is.
-    if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
+    if cfg!(unix) {
+        File::open(folder)?.sync_all()
+    } else {
+        Ok(())
+    }
 }
 
 #[cfg(test)]

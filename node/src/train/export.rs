@@ -48,7 +48,9 @@ pub(super) fn write_folder(
         move |source| ExportError::File { path, source }
     };
     if fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some()) {
-        return Err(ExportError::NotEmpty { path: folder.to_owned() });
+        return Err(ExportError::NotEmpty {
+            path: folder.to_owned(),
+        });
     }
     if states.len() != layout.parts.len() {
         return Err(ExportError::Incomplete {
@@ -60,7 +62,10 @@ pub(super) fn write_folder(
     let parts: Vec<(&PartLayout, &Path)> = layout.parts.iter().zip(states.iter().map(PathBuf::as_path)).collect();
     write_safetensors(&folder.join("model.safetensors"), &parts)?;
     let tokenizer_bytes = fs::read(tokenizer).map_err(failed(tokenizer))?;
-    for (name, bytes) in [("tokenizer.json", tokenizer_bytes.as_slice()), ("config.json", config_json.as_bytes())] {
+    for (name, bytes) in [
+        ("tokenizer.json", tokenizer_bytes.as_slice()),
+        ("config.json", config_json.as_bytes()),
+    ] {
         let path = folder.join(name);
         durable::write(&path, bytes).map_err(failed(&path))?;
     }
@@ -107,7 +112,9 @@ pub(super) fn write_safetensors(path: &Path, parts: &[(&PartLayout, &Path)]) -> 
 
 fn part_bytes(layout: &PartLayout) -> Result<u64, ExportError> {
     let bytes = layout.elements().and_then(|elements| elements.checked_mul(4));
-    bytes.and_then(|bytes| u64::try_from(bytes).ok()).ok_or(ExportError::TooLarge)
+    bytes
+        .and_then(|bytes| u64::try_from(bytes).ok())
+        .ok_or(ExportError::TooLarge)
 }
 
 /// The JSON header, padded to 8 bytes so that tensors are aligned.
@@ -118,7 +125,9 @@ fn header(parts: &[(&PartLayout, &Path)]) -> Result<Vec<u8>, ExportError> {
     let mut begin = 0usize;
     for tensor in parts.iter().flat_map(|(layout, _)| &layout.tensors) {
         let bytes = tensor.elements().and_then(|elements| elements.checked_mul(4));
-        let end = bytes.and_then(|bytes| begin.checked_add(bytes)).ok_or(ExportError::TooLarge)?;
+        let end = bytes
+            .and_then(|bytes| begin.checked_add(bytes))
+            .ok_or(ExportError::TooLarge)?;
         let entry: Value = json!({ "dtype": "F32", "shape": tensor.shape, "data_offsets": [begin, end] });
         entries.insert(tensor.name.clone(), entry);
         begin = end;
@@ -138,7 +147,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let state = folder.path().join("state");
         // Three parameters and three of momentum.
-        let values: Vec<u8> = [1.0f32, 2.0, 3.0, 9.0, 9.0, 9.0].iter().flat_map(|v| v.to_le_bytes()).collect();
+        let values: Vec<u8> = [1.0f32, 2.0, 3.0, 9.0, 9.0, 9.0]
+            .iter()
+            .flat_map(|v| v.to_le_bytes())
+            .collect();
         fs::write(&state, values).unwrap();
         let layout = layout(&[("a", &[2]), ("b", &[1, 1])]);
         let out = folder.path().join("part.safetensors");
@@ -148,7 +160,10 @@ mod tests {
         let header_bytes = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
         assert_eq!((8 + header_bytes) % 8, 0);
         let header: Value = serde_json::from_slice(&bytes[8..8 + header_bytes]).unwrap();
-        assert_eq!(header["b"], json!({ "dtype": "F32", "shape": [1, 1], "data_offsets": [8, 12] }));
+        assert_eq!(
+            header["b"],
+            json!({ "dtype": "F32", "shape": [1, 1], "data_offsets": [8, 12] })
+        );
         assert_eq!(bytes[8 + header_bytes..], [0, 0, 128, 63, 0, 0, 0, 64, 0, 0, 64, 64]);
     }
 
@@ -157,7 +172,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let state = folder.path().join("state");
         fs::write(&state, [0; 7]).unwrap();
-        let layout = Layout { parts: vec![layout(&[("a", &[2])])] };
+        let layout = Layout {
+            parts: vec![layout(&[("a", &[2])])],
+        };
         let error = write_folder(folder.path(), "{}", &state, &layout, &[state.clone()]).unwrap_err();
         assert!(matches!(error, ExportError::NotEmpty { .. }));
         let error = write_folder(&folder.path().join("new"), "{}", &state, &layout, &[state.clone()]).unwrap_err();

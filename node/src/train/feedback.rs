@@ -126,7 +126,10 @@ mod tests {
         assert_eq!(load(4), [0.0, 0.0]);
         buffers.stage(Part(3), &with([3.0, 4.0])).unwrap();
         buffers.commit(&[Part(3)], 4).unwrap();
-        assert_eq!((load(4), load(5), load(9)), (vec![0.0, 0.0], vec![3.0, 4.0], vec![3.0, 4.0]));
+        assert_eq!(
+            (load(4), load(5), load(9)),
+            (vec![0.0, 0.0], vec![3.0, 4.0], vec![3.0, 4.0])
+        );
         buffers.stage(Part(3), &with([5.0, 6.0])).unwrap();
         buffers.commit(&[Part(3)], 9).unwrap();
         fs::write(buffers.path(Part(3), 10), [0; 3]).unwrap();

@@ -52,17 +52,27 @@ pub(super) async fn keep(
                 return encode(&header, layout, &delta).map_err(|error| failed(&error));
             };
             let mut feedback = buffers.load(part, header.round, error_decay, layout);
-            let frame = feedback.encode(&header, layout, &delta).map_err(|error| failed(&error))?;
+            let frame = feedback
+                .encode(&header, layout, &delta)
+                .map_err(|error| failed(&error))?;
             buffers.stage(part, &feedback).map_err(|error| failed(&error))?;
             Ok(frame)
         })
         .await?;
-        kept.push((part, jobs.blobs.put(training.run, frame).await.map_err(JobError::Failed)?));
+        kept.push((
+            part,
+            jobs.blobs.put(training.run, frame).await.map_err(JobError::Failed)?,
+        ));
     }
     if matches!(codec, Codec::TopkQ2 { .. }) {
         let parts: Vec<Part> = kept.iter().map(|(part, _)| *part).collect();
         let round = training.round.0;
-        blocking(move || buffers.commit(&parts, round).map_err(|error| JobError::Failed(error.to_string()))).await?;
+        blocking(move || {
+            buffers
+                .commit(&parts, round)
+                .map_err(|error| JobError::Failed(error.to_string()))
+        })
+        .await?;
     }
     Ok(kept)
 }

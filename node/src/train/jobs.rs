@@ -127,13 +127,16 @@ impl Jobs {
 
     /// The file of the run's tokenizer.
     pub(super) async fn tokenizer(&self, run: RunId, spec: &RunSpec) -> Result<PathBuf, JobError> {
-        self.fetch(run, spec.tokenizer, vec![spec.steward], TOKENIZER_BYTES_MAX).await
+        self.fetch(run, spec.tokenizer, vec![spec.steward], TOKENIZER_BYTES_MAX)
+            .await
     }
 
     /// The text files of this node for a run.
     pub(super) fn texts(&self, spec: &RunSpec) -> Result<Vec<PathBuf>, JobError> {
         let data = self.data.lock().unwrap_or_else(PoisonError::into_inner);
-        let files = data.files_of(&spec.data).map_err(|error| JobError::Failed(error.to_string()))?;
+        let files = data
+            .files_of(&spec.data)
+            .map_err(|error| JobError::Failed(error.to_string()))?;
         if files.is_empty() {
             let wanted = spec.data.join(", ");
             return Err(JobError::Failed(format!("this node has no data named {wanted}")));
@@ -147,14 +150,11 @@ impl Jobs {
         data.languages_of(&spec.data)
     }
 
-    async fn fetch(
-        &self,
-        run: RunId,
-        blob: BlobId,
-        sources: Vec<NodeId>,
-        bytes_max: u64,
-    ) -> Result<PathBuf, JobError> {
-        self.blobs.fetch(run, blob, sources, bytes_max).await.map_err(JobError::Failed)?;
+    async fn fetch(&self, run: RunId, blob: BlobId, sources: Vec<NodeId>, bytes_max: u64) -> Result<PathBuf, JobError> {
+        self.blobs
+            .fetch(run, blob, sources, bytes_max)
+            .await
+            .map_err(JobError::Failed)?;
         self.file(blob)
     }
 
@@ -180,7 +180,10 @@ impl Jobs {
         parts: Vec<(Part, BlobId)>,
         sources: Vec<NodeId>,
     ) -> Result<Outcome, JobError> {
-        let wanted = parts.iter().map(|(part, blob)| (*blob, update_bytes(&spec, *part, round))).collect();
+        let wanted = parts
+            .iter()
+            .map(|(part, blob)| (*blob, update_bytes(&spec, *part, round)))
+            .collect();
         let files = self.fetch_all(run, wanted, &sources).await?;
         blocking(move || {
             for ((part, _), file) in parts.iter().zip(files) {
@@ -226,7 +229,10 @@ impl Jobs {
         parts: Vec<(Part, BlobId)>,
         sources: Vec<NodeId>,
     ) -> Result<Outcome, JobError> {
-        let wanted = parts.iter().map(|(part, blob)| (*blob, state_bytes_max(&spec, *part))).collect();
+        let wanted = parts
+            .iter()
+            .map(|(part, blob)| (*blob, state_bytes_max(&spec, *part)))
+            .collect();
         let files = self.fetch_all(run, wanted, &sources).await?;
         blocking(move || {
             for ((part, _), file) in parts.iter().zip(files) {
@@ -254,11 +260,18 @@ impl Jobs {
         if evaluation.languages.is_empty() {
             return Ok(Outcome::Evaluated { bits_per_byte_ppm });
         }
-        let part_files = parts.iter().map(|(_, blob)| utf8(&self.file(*blob)?)).collect::<Result<_, _>>()?;
+        let part_files = parts
+            .iter()
+            .map(|(_, blob)| utf8(&self.file(*blob)?))
+            .collect::<Result<_, _>>()?;
         // Scoring uses the run's tokenizer, which the worker takes with its data.
         let tokenizer = self.tokenizer(run, spec).await?;
         let texts = self.texts(spec).unwrap_or_default();
-        self.desk.lock().await.load_data((spec.tokenizer, &tokenizer), texts).await?;
+        self.desk
+            .lock()
+            .await
+            .load_data((spec.tokenizer, &tokenizer), texts)
+            .await?;
         let compute = self.compute.as_ref();
         let load = Task::TrainLoad {
             stage: SCORING_STAGE,
@@ -330,7 +343,9 @@ pub(super) fn read(path: &Path) -> Result<Vec<u8>, JobError> {
 }
 
 pub(super) fn layout_of(spec: &RunSpec, part: Part) -> Result<&PartLayout, JobError> {
-    let layout = usize::try_from(part.0).ok().and_then(|part| spec.layout.parts.get(part));
+    let layout = usize::try_from(part.0)
+        .ok()
+        .and_then(|part| spec.layout.parts.get(part));
     layout.ok_or_else(|| JobError::Invalid(format!("the model has no part {}", part.0)))
 }
 
@@ -365,7 +380,10 @@ fn check_update<'a>(
     }
     let form = Form::from(codec_of_round(&spec.outer, round.0));
     if header.form != form {
-        return Err(invalid(format!("it is written as {:?}, the round's form is {form:?}", header.form)));
+        return Err(invalid(format!(
+            "it is written as {:?}, the round's form is {form:?}",
+            header.form
+        )));
     }
     Ok(frame)
 }

@@ -8,7 +8,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
 
-use polder_protocol::hash::digest;
+use polder_protocol::hash::{NodeId, digest};
 use polder_protocol::log::ENTRY_BYTES_MAX;
 use polder_protocol::node::{Persist, RestoredRun};
 
@@ -39,6 +39,11 @@ pub(super) struct Recovered {
 impl Journal {
     /// Opens the journal at `path`, or begins one.
     pub(super) fn open(path: &Path) -> io::Result<(Self, Recovered)> {
+        Self::open_with(path, usize::MAX)
+    }
+
+    /// Opens the journal at `path` and forgets all but the first entries of its log.
+    pub(super) fn open_with(path: &Path, entries_max: usize) -> io::Result<(Self, Recovered)> {
         let bytes = match fs::read(path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
@@ -51,6 +56,7 @@ impl Journal {
             rest = after;
         }
         recovered.torn_bytes = rest.len() as u64;
+        recovered.run.entries.truncate(entries_max);
         let whole = records(&recovered.run);
         durable::write_with(path, |file| {
             for record in &whole {
@@ -80,7 +86,10 @@ impl Journal {
 fn frame(record: &Persist) -> io::Result<Vec<u8>> {
     let body = postcard::to_allocvec(record).map_err(io::Error::other)?;
     if body.len() > RECORD_BYTES_MAX {
-        return Err(io::Error::other(format!("a record of {} bytes is too long", body.len())));
+        return Err(io::Error::other(format!(
+            "a record of {} bytes is too long",
+            body.len()
+        )));
     }
     let len = u32::try_from(body.len()).map_err(io::Error::other)?;
     let [a, b, c, d, e, f, g, h, ..] = digest(&body).0;
@@ -104,6 +113,7 @@ fn split_record(bytes: &[u8]) -> Option<(Persist, &[u8])> {
 
 fn fold(run: &mut RestoredRun, record: Persist) {
     match record {
+        Persist::Follow { steward } => run.steward = steward,
         Persist::Entry(entry) => run.entries.push(entry),
         Persist::Commit(commit) => {
             let key = |c: &polder_protocol::round::SignedCommit| (c.commit.round, c.commit.replica, c.commit.node);
@@ -117,11 +127,26 @@ fn fold(run: &mut RestoredRun, record: Persist) {
 }
 
 fn records(run: &RestoredRun) -> Vec<Persist> {
+    let follow = (run.steward != NodeId::default()).then_some(Persist::Follow { steward: run.steward });
     let entries = run.entries.iter().cloned().map(Persist::Entry);
     let commits = run.commits.iter().cloned().map(Persist::Commit);
-    let state = run.state.iter().cloned().map(|(round, parts)| Persist::State { round, parts });
-    let joining = run.joining.iter().cloned().map(|joining| Persist::Joining(Some(joining)));
-    entries.chain(commits).chain(state).chain(joining).collect()
+    let state = run
+        .state
+        .iter()
+        .cloned()
+        .map(|(round, parts)| Persist::State { round, parts });
+    let joining = run
+        .joining
+        .iter()
+        .cloned()
+        .map(|joining| Persist::Joining(Some(joining)));
+    follow
+        .into_iter()
+        .chain(entries)
+        .chain(commits)
+        .chain(state)
+        .chain(joining)
+        .collect()
 }
 
 #[cfg(test)]
@@ -157,7 +182,10 @@ mod tests {
             assert!(recovered.run.joining.is_some());
             journal.append(&state(3)).unwrap();
             let (_, again) = Journal::open(&path).unwrap();
-            assert_eq!((again.torn_bytes, again.run.state.map(|(round, _)| round)), (0, Some(Round(3))));
+            assert_eq!(
+                (again.torn_bytes, again.run.state.map(|(round, _)| round)),
+                (0, Some(Round(3)))
+            );
         }
     }
 

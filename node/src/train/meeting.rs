@@ -61,7 +61,9 @@ impl Meeting {
 
     fn take(&self, from: NodeId, opening: Opening) -> Option<Box<dyn Link>> {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = waiting.iter().position(|(peer, other, _)| (*peer, *other) == (from, opening))?;
+        let place = waiting
+            .iter()
+            .position(|(peer, other, _)| (*peer, *other) == (from, opening))?;
         waiting.remove(place).map(|(_, _, link)| link)
     }
 }

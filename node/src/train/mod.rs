@@ -8,6 +8,7 @@
 //! world    what all this needs of the network, the store and the device; real: these, as the daemon has them
 //! ```
 
+mod baselines;
 mod chain;
 mod datasets;
 mod desk;
@@ -44,6 +45,7 @@ use thiserror::Error;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+pub use baselines::{compressor_bits_per_byte, order_0_bits_per_byte};
 pub use datasets::{DataSet, DataSetError, DataSets};
 pub use export::ExportError;
 pub use real::RunBlobs;
@@ -124,7 +126,9 @@ pub struct TrainHandle {
 
 impl std::fmt::Debug for TrainHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("TrainHandle").field("config", &self.config).finish_non_exhaustive()
+        f.debug_struct("TrainHandle")
+            .field("config", &self.config)
+            .finish_non_exhaustive()
     }
 }
 
@@ -181,7 +185,11 @@ impl TrainHandle {
         check_name(&spec.name)?;
         if new.initial_files.len() != spec.layout.parts.len() {
             return Err(TrainError::Spec {
-                reason: format!("{} files for {} parts", new.initial_files.len(), spec.layout.parts.len()),
+                reason: format!(
+                    "{} files for {} parts",
+                    new.initial_files.len(),
+                    spec.layout.parts.len()
+                ),
             });
         }
         spec.federation = self.config.federation;
@@ -201,7 +209,9 @@ impl TrainHandle {
         spec.evaluation = match &new.evaluation {
             Some(evaluation) => {
                 let bytes = postcard::to_allocvec(evaluation);
-                let bytes = bytes.map_err(|error| TrainError::Spec { reason: error.to_string() })?;
+                let bytes = bytes.map_err(|error| TrainError::Spec {
+                    reason: error.to_string(),
+                })?;
                 Some(self.put(holder, bytes).await?)
             }
             None => None,
@@ -227,7 +237,9 @@ impl TrainHandle {
             return Err(TrainError::Unknown { name: name.to_owned() });
         }
         let spec = RunSpec::from_bytes(&read(&path)?);
-        let spec = spec.map_err(|error| TrainError::Spec { reason: error.to_string() })?;
+        let spec = spec.map_err(|error| TrainError::Spec {
+            reason: error.to_string(),
+        })?;
         let run = spec.id();
         self.command(Command::Begin { spec }).await?;
         Ok(run)
@@ -404,9 +416,15 @@ impl TrainHandle {
         let unknown = || TrainError::Unknown { name: run.to_string() };
         let (spec, blobs, sources) = self.jobs.board.newest_state(run).ok_or_else(unknown)?;
         let numbered = (0..).map(polder_protocol::layout::Part).zip(blobs.iter().copied());
-        let fetched = self.jobs.fetch_state(run, Arc::new(spec.clone()), numbered.collect(), sources).await;
+        let fetched = self
+            .jobs
+            .fetch_state(run, Arc::new(spec.clone()), numbered.collect(), sources)
+            .await;
         fetched.map_err(blob_error)?;
-        let paths = blobs.into_iter().map(|blob| self.jobs.file(blob)).collect::<Result<_, _>>();
+        let paths = blobs
+            .into_iter()
+            .map(|blob| self.jobs.file(blob))
+            .collect::<Result<_, _>>();
         Ok((spec, paths.map_err(blob_error)?))
     }
 

@@ -20,7 +20,12 @@ use crate::device::{Device, Life};
 
 impl Compute for Device {
     fn order(&self, task: Task, payload: Bytes) -> BoxFuture<'_, Result<(Answer, Bytes), String>> {
-        async move { Self::order(self, task, payload).await.map_err(|error| error.to_string()) }.boxed()
+        async move {
+            Self::order(self, task, payload)
+                .await
+                .map_err(|error| error.to_string())
+        }
+        .boxed()
     }
 
     fn life(&self) -> u64 {
@@ -114,7 +119,10 @@ impl RunBlobs {
         }
         let folder = self.runs.join(run.to_string());
         let noted = fs::create_dir_all(&folder).and_then(|()| {
-            let mut file = OpenOptions::new().create(true).append(true).open(folder.join("blobs"))?;
+            let mut file = OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(folder.join("blobs"))?;
             file.write_all(&blob.0)
         });
         if let Err(error) = noted {
@@ -128,7 +136,9 @@ impl Blobs for RunBlobs {
         let store = self.plane.blobs().clone();
         async move {
             let put = tokio::task::spawn_blocking(move || store.put_bytes(&bytes)).await;
-            let blob = put.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
+            let blob = put
+                .map_err(|error| error.to_string())?
+                .map_err(|error| error.to_string())?;
             self.note(run, blob);
             Ok(blob)
         }
@@ -150,11 +160,21 @@ impl Blobs for RunBlobs {
             self.note(run, blob);
             let path = match self.plane.blobs().path(blob) {
                 Some(path) => path,
-                None => self.plane.fetch(blob, &sources).await.map_err(|error| error.to_string())?,
+                None => self
+                    .plane
+                    .fetch(blob, &sources)
+                    .await
+                    .map_err(|error| error.to_string())?,
             };
-            let bytes = tokio::fs::metadata(&path).await.map_err(|error| error.to_string())?.len();
+            let bytes = tokio::fs::metadata(&path)
+                .await
+                .map_err(|error| error.to_string())?
+                .len();
             if bytes > bytes_max {
-                return Err(format!("blob {} is {bytes} bytes long, over the limit of {bytes_max}", blob.short()));
+                return Err(format!(
+                    "blob {} is {bytes} bytes long, over the limit of {bytes_max}",
+                    blob.short()
+                ));
             }
             Ok(())
         }

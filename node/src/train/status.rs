@@ -173,7 +173,10 @@ impl Board {
                 known.parts.clone_from(parts);
                 Some(known.applied(*round, state.to_string(), traffic, self.me))
             }
-            Body::Evaluated { round, bits_per_byte_ppm } => known.evaluated(*round, bits_per_byte_ppm),
+            Body::Evaluated {
+                round,
+                bits_per_byte_ppm,
+            } => known.evaluated(*round, bits_per_byte_ppm),
             Body::Paused => known.phase("paused"),
             Body::Resumed => known.phase("training"),
             Body::Stopped => known.phase("stopped"),
@@ -188,7 +191,11 @@ impl Board {
         let mut runs = self.lock();
         let known = runs.get_mut(&run)?;
         let status = &mut known.status;
-        *(if agreed { &mut status.rounds_agreed } else { &mut status.rounds_diverged }) += 1;
+        *(if agreed {
+            &mut status.rounds_agreed
+        } else {
+            &mut status.rounds_diverged
+        }) += 1;
         let Some(report) = status.recent.iter_mut().find(|report| report.round == round.0) else {
             known.agreed_early.insert(round.0, agreed);
             return None;
@@ -265,7 +272,11 @@ impl Board {
         let runs = self.lock();
         let known = runs.get(&run)?;
         let spec = known.spec.clone()?;
-        let parts = if known.parts.is_empty() { spec.initial.clone() } else { known.parts.clone() };
+        let parts = if known.parts.is_empty() {
+            spec.initial.clone()
+        } else {
+            known.parts.clone()
+        };
         let mut sources = vec![spec.steward];
         sources.extend(known.stages.values().flatten().map(|stage| stage.node));
         sources.retain(|node| *node != self.me);
@@ -307,10 +318,15 @@ impl Known {
         self.closed.retain(|other, _| *other > round);
         let tokens: u64 = set.iter().map(|update| update.tokens).sum();
         // A stage that does not see the loss says zero; the log keeps what the last stage says.
-        let weighted: f64 = set.iter().map(|update| update.tokens as f64 * update.loss_ppm as f64 / 1e6).sum();
+        let weighted: f64 = set
+            .iter()
+            .map(|update| update.tokens as f64 * update.loss_ppm as f64 / 1e6)
+            .sum();
         let now = Instant::now();
         let before = self.applied_at.replace(now);
-        let seconds = before.filter(|_| traffic.is_some()).map_or(0.0, |then| (now - then).as_secs_f64());
+        let seconds = before
+            .filter(|_| traffic.is_some())
+            .map_or(0.0, |then| (now - then).as_secs_f64());
         let traffic_now = traffic.unwrap_or_default();
         let report = RoundReport {
             round: round.0,
@@ -322,7 +338,11 @@ impl Known {
             late: set.iter().filter(|update| update.base != round).count(),
             sent_bytes: traffic_now.0.saturating_sub(self.traffic_then.0),
             received_bytes: traffic_now.1.saturating_sub(self.traffic_then.1),
-            dense_bytes: if traffic.is_some() { self.dense_bytes(set.len() as u64, me) } else { 0 },
+            dense_bytes: if traffic.is_some() {
+                self.dense_bytes(set.len() as u64, me)
+            } else {
+                0
+            },
             state_hash,
             agreed: self.agreed_early.remove(&round.0),
             bits_per_byte: BTreeMap::new(),
@@ -352,13 +372,18 @@ impl Known {
         };
         let parts = stage.range.parts(spec.layout.blocks());
         let layouts = parts.filter_map(|part| spec.layout.parts.get(usize::try_from(part).ok()?));
-        let elements: u64 = layouts.filter_map(|layout| u64::try_from(layout.elements()?).ok()).sum();
+        let elements: u64 = layouts
+            .filter_map(|layout| u64::try_from(layout.elements()?).ok())
+            .sum();
         let sent = u64::from(spec.inner.steps).saturating_mul(elements).saturating_mul(8);
         (sent / replicas.max(1)).saturating_mul(replicas.saturating_sub(1))
     }
 
     fn evaluated(&mut self, round: Round, bits_ppm: &BTreeMap<String, u64>) -> Option<RoundReport> {
-        let bits: BTreeMap<String, f64> = bits_ppm.iter().map(|(code, bits)| (code.clone(), *bits as f64 / 1e6)).collect();
+        let bits: BTreeMap<String, f64> = bits_ppm
+            .iter()
+            .map(|(code, bits)| (code.clone(), *bits as f64 / 1e6))
+            .collect();
         for (language, bits) in &bits {
             let line = self.status.languages.entry(language.clone()).or_default();
             line.first.get_or_insert(*bits);
@@ -374,7 +399,10 @@ impl Known {
         let name = |stage: &Stage| format!("{}-{}", stage.range.first, stage.range.end);
         let replica = |(id, stages): (&ReplicaId, &Vec<Stage>)| ReplicaStatus {
             replica: id.0,
-            stages: stages.iter().map(|stage| (stage.node.to_string(), name(stage))).collect(),
+            stages: stages
+                .iter()
+                .map(|stage| (stage.node.to_string(), name(stage)))
+                .collect(),
         };
         self.status.replicas = self.stages.iter().map(replica).collect();
         let own = self.stages.values().flatten().find(|stage| stage.node == me);

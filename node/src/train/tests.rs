@@ -48,7 +48,10 @@ async fn a_chain_whose_neighbour_does_not_come_fails_this_round_and_trains_the_n
         panic!("{outcome:?}")
     };
     assert!(reason.contains("did not come"), "{reason}");
-    let (one, two) = tokio::join!(first.jobs.run(train(&hub, &chain, 0)), second.jobs.run(train(&hub, &chain, 1)));
+    let (one, two) = tokio::join!(
+        first.jobs.run(train(&hub, &chain, 0)),
+        second.jobs.run(train(&hub, &chain, 1))
+    );
     trained(one);
     trained(two);
 }
@@ -59,14 +62,28 @@ async fn a_chain_whose_neighbour_dies_in_the_middle_of_a_step_ends_its_round() {
     let [first, second] = [1, 2].map(|number| hub.site(number));
     second.toy.die_after(5);
     let chain = stages(&[(&first, 0, 1), (&second, 1, 2)]);
-    let (one, two) = tokio::join!(first.jobs.run(train(&hub, &chain, 0)), second.jobs.run(train(&hub, &chain, 1)));
-    assert!(matches!(&one, Outcome::Failed { reason } if reason.contains("lost")), "{one:?}");
+    let (one, two) = tokio::join!(
+        first.jobs.run(train(&hub, &chain, 0)),
+        second.jobs.run(train(&hub, &chain, 1))
+    );
+    assert!(
+        matches!(&one, Outcome::Failed { reason } if reason.contains("lost")),
+        "{one:?}"
+    );
     assert!(matches!(&two, Outcome::Failed { .. }), "{two:?}");
 }
 
 #[tokio::test]
 async fn two_nodes_apply_one_set_to_equal_states() {
-    for codec in [Codec::Raw, Codec::Int8, Codec::E3m0, Codec::TopkQ2 { k: 64, error_decay: 0.9 }] {
+    for codec in [
+        Codec::Raw,
+        Codec::Int8,
+        Codec::E3m0,
+        Codec::TopkQ2 {
+            k: 64,
+            error_decay: 0.9,
+        },
+    ] {
         let hub = Hub::new(codec);
         let [a, b] = [1, 2].map(|number| hub.site(number));
         let (one, two) = tokio::join!(
@@ -141,7 +158,9 @@ fn train_as(hub: &Hub, stages: &[Stage], stage: usize, replica: ReplicaId) -> Jo
         replica,
         stages: stages.to_vec(),
         stage,
-        base: parts.map(|part| (Part(part), hub.spec.initial[part as usize])).collect(),
+        base: parts
+            .map(|part| (Part(part), hub.spec.initial[part as usize]))
+            .collect(),
     }
 }
 

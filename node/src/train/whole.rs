@@ -48,11 +48,16 @@ pub(super) async fn train(jobs: &Jobs, training: &Training, range: BlockRange) -
             return Err(JobError::Failed("the worker took no step".to_owned()));
         }
         // Twice as many, half as many: the first order of a worker is no measure of those after it.
-        slice = if began.elapsed() < SLICE / 2 { slice.saturating_mul(2) } else { (slice / 2).max(1) };
+        slice = if began.elapsed() < SLICE / 2 {
+            slice.saturating_mul(2)
+        } else {
+            (slice / 2).max(1)
+        };
         losses.append(&mut stepped);
         tokens = tokens.saturating_add(trained);
         let loss = losses.last().copied().unwrap_or(f32::NAN);
-        jobs.board.trained(training.run, losses.len() as u32, spec.inner.steps, loss, tokens);
+        jobs.board
+            .trained(training.run, losses.len() as u32, spec.inner.steps, loss, tokens);
     }
     let ends = gradient::end_files(jobs, training);
     write(&desk, &ends).await?;

@@ -33,8 +33,13 @@ pub trait Blobs: Send + Sync + 'static {
 
     /// Fetches a blob of a run, of at most `bytes_max`, from whichever of `sources` has it. Returns at once where it is
     /// here.
-    fn fetch(&self, run: RunId, blob: BlobId, sources: Vec<NodeId>, bytes_max: u64)
-    -> BoxFuture<'_, Result<(), String>>;
+    fn fetch(
+        &self,
+        run: RunId,
+        blob: BlobId,
+        sources: Vec<NodeId>,
+        bytes_max: u64,
+    ) -> BoxFuture<'_, Result<(), String>>;
 
     /// Of what was kept for `run`, only `blobs` are needed still.
     fn retain(&self, run: RunId, blobs: BTreeSet<BlobId>);

@@ -162,7 +162,10 @@ fn a_voice_ten_times_too_loud_is_clipped_to_the_median() {
     let summary = apply(&layout, &updates, step, &mut state).unwrap();
     assert_eq!(summary.clipped, 1);
     assert!(state.parameters.iter().all(|value| (value + 1.0).abs() < 1e-6));
-    assert!(state.momentum.iter().all(|value| *value == 0.0), "a rule without momentum keeps none");
+    assert!(
+        state.momentum.iter().all(|value| *value == 0.0),
+        "a rule without momentum keeps none"
+    );
 }
 
 #[test]

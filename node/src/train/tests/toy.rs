@@ -107,7 +107,11 @@ impl State {
                 tokens, micro_batch, ..
             } => {
                 let (range, _) = self.range.unwrap();
-                let input = if range.has_embedding() { input_of(&tokens) } else { floats(payload) };
+                let input = if range.has_embedding() {
+                    input_of(&tokens)
+                } else {
+                    floats(payload)
+                };
                 let out = self.forward(input);
                 if !range.has_head(BLOCKS) {
                     self.kept.push(micro_batch);
@@ -155,7 +159,10 @@ impl State {
     }
 
     fn add(&mut self, gradient: [f32; WIDTH]) {
-        self.gradient.iter_mut().zip(gradient).for_each(|(sum, value)| *sum += value);
+        self.gradient
+            .iter_mut()
+            .zip(gradient)
+            .for_each(|(sum, value)| *sum += value);
     }
 
     fn apply(&mut self, square_sum: f64) {
@@ -163,7 +170,9 @@ impl State {
         let clip = (f64::from(inner.clip_norm) / square_sum.sqrt()).min(1.0) as f32;
         let rate = inner.learning_rate * clip / inner.micro_batches as f32;
         for part in &mut self.parts {
-            part.iter_mut().zip(self.gradient).for_each(|(value, gradient)| *value -= rate * gradient);
+            part.iter_mut()
+                .zip(self.gradient)
+                .for_each(|(value, gradient)| *value -= rate * gradient);
         }
         self.gradient = [0.0; WIDTH];
     }
@@ -178,7 +187,9 @@ impl State {
             losses += loss_of(out);
             self.add(out);
         }
-        let mean = self.gradient.map(|value| f64::from(value) / f64::from(inner.micro_batches));
+        let mean = self
+            .gradient
+            .map(|value| f64::from(value) / f64::from(inner.micro_batches));
         // Stages of two parts each, summed as a chain sums them.
         let half = mean.iter().map(|value| value * value).sum::<f64>() * 2.0;
         self.apply(half + half);

@@ -173,7 +173,11 @@ impl Blobs for Store {
 
     fn fetch(&self, _: RunId, blob: BlobId, _: Vec<NodeId>, bytes_max: u64) -> BoxFuture<'_, Result<(), String>> {
         let fits = fs::metadata(self.file(blob)).is_ok_and(|metadata| metadata.len() <= bytes_max);
-        let fetched = if fits { Ok(()) } else { Err("nobody has it, or it is too long".to_owned()) };
+        let fetched = if fits {
+            Ok(())
+        } else {
+            Err("nobody has it, or it is too long".to_owned())
+        };
         std::future::ready(fetched).boxed()
     }
 
@@ -197,7 +201,14 @@ impl Network for Wires {
         let opening = postcard::from_bytes(&opening).unwrap();
         let opened: Result<Box<dyn Link>, String> = match peer {
             Some(peer) => {
-                peer.meeting.offer(self.me, opening, Box::new(Wire { out: back, back: theirs }));
+                peer.meeting.offer(
+                    self.me,
+                    opening,
+                    Box::new(Wire {
+                        out: back,
+                        back: theirs,
+                    }),
+                );
                 Ok(Box::new(Wire { out, back: ours }))
             }
             None => Err("no such site".to_owned()),
@@ -217,7 +228,13 @@ struct Wire {
 
 impl Link for Wire {
     fn send(&mut self, header: Vec<u8>, payload: Bytes) -> BoxFuture<'_, Result<(), String>> {
-        async move { self.out.send((header, payload)).await.map_err(|_| "the other end is gone".to_owned()) }.boxed()
+        async move {
+            self.out
+                .send((header, payload))
+                .await
+                .map_err(|_| "the other end is gone".to_owned())
+        }
+        .boxed()
     }
 
     fn receive(&mut self) -> BoxFuture<'_, Result<Option<(Vec<u8>, Bytes)>, String>> {

@@ -1,0 +1,361 @@
+//! The run file: what a person writes about a training run, in TOML. Every key but a few has a default with a reason; an
+//! unknown key is refused by name, since a misspelled one would silently train something else.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail, ensure};
+use polder_protocol::run::{Boundary, Closing, Codec, Inner, Outer};
+use polder_protocol::time::Span;
+use serde::Deserialize;
+
+/// A run file.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RunFile {
+    /// What people call the run.
+    pub(crate) name: String,
+    /// Outer steps in all.
+    pub(crate) rounds: u64,
+    /// Names of data sets; nodes train on those that they have. Empty: on whatever they have.
+    #[serde(default)]
+    pub(crate) data: Vec<String>,
+    /// Seeds the initial parameters and every batch.
+    #[serde(default)]
+    pub(crate) seed: u64,
+    /// How activations cross between the stages of a chain: `f32`, `bf16` or `int8`.
+    #[serde(default = "bf16")]
+    boundary: String,
+    /// The model.
+    pub(crate) model: Model,
+    /// The steps between two exchanges.
+    #[serde(default)]
+    inner: InnerTable,
+    /// The exchange.
+    #[serde(default)]
+    outer: OuterTable,
+    /// When a round closes.
+    #[serde(default)]
+    closing: ClosingTable,
+    /// Held-out texts.
+    #[serde(default)]
+    pub(crate) evaluation: Option<EvaluationTable>,
+}
+
+/// The model's dimensions: a Llama.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Model {
+    /// Width of the activations.
+    pub(crate) hidden: u32,
+    /// Transformer blocks.
+    pub(crate) blocks: u32,
+    /// Attention heads.
+    pub(crate) heads: u32,
+    /// Heads of keys and values; as many as `heads` by default.
+    pub(crate) kv_heads: Option<u32>,
+    /// Width inside the MLP; by default 8/3 of `hidden`, rounded up to a multiple of 8.
+    pub(crate) intermediate: Option<u32>,
+    /// `bytes`, or the path of a `tokenizer.json`.
+    #[serde(default = "bytes")]
+    pub(crate) tokenizer: String,
+    /// The longest context in tokens; the sequence length of training by default.
+    pub(crate) context: Option<u32>,
+    /// Use the embedding as the output projection. On by default: small models spend most parameters there.
+    #[serde(default = "yes")]
+    pub(crate) tie_embeddings: bool,
+    /// Base of the rotary positions.
+    #[serde(default = "ten_thousand")]
+    pub(crate) rope_theta: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct InnerTable {
+    /// H. 30 is where several published runs lie; more saves traffic and costs a little quality.
+    steps: u32,
+    /// Sequences of one micro-batch.
+    batch: u32,
+    /// Micro-batches of one step.
+    micro_batches: u32,
+    /// Tokens of one sequence.
+    seq: u32,
+    /// Peak learning rate of AdamW.
+    learning_rate: f32,
+    /// Steps to the peak.
+    warmup_steps: u32,
+    /// Decoupled weight decay of matrices.
+    weight_decay: f32,
+    /// Largest global gradient norm.
+    clip_norm: f32,
+    /// Share of the run, 0 to 1, over which the rate falls at the end.
+    decay: f64,
+}
+
+impl Default for InnerTable {
+    fn default() -> Self {
+        Self {
+            steps: 30,
+            batch: 8,
+            micro_batches: 1,
+            seq: 128,
+            learning_rate: 4e-4,
+            warmup_steps: 100,
+            weight_decay: 0.1,
+            clip_norm: 1.0,
+            decay: 0.2,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct OuterTable {
+    /// `raw`, `int8`, `e3m0` or `topk_q2`. Four bits lose nothing that can be measured, so `e3m0` by default.
+    codec: String,
+    /// `topk_q2`: values kept of each 4,096.
+    k: Option<u16>,
+    /// `topk_q2`: what the error buffer keeps from round to round.
+    error_decay: Option<f32>,
+    /// `topk_q2`: dense rounds before the sparse ones.
+    warm_start_rounds: Option<u64>,
+    /// η: .7, or 1 with `topk_q2`.
+    learning_rate: Option<f32>,
+    /// μ: .9, and none with `topk_q2`.
+    momentum: Option<f32>,
+}
+
+impl Default for OuterTable {
+    fn default() -> Self {
+        Self {
+            codec: "e3m0".into(),
+            k: None,
+            error_decay: None,
+            warm_start_rounds: None,
+            learning_rate: None,
+            momentum: None,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct ClosingTable {
+    /// Contributions without which a round stays open until the deadline.
+    quorum: u32,
+    /// How long to wait for the others after the quorum, such as `"5s"`.
+    grace: String,
+    /// After so long a round closes with what is there, such as `"10m"`.
+    deadline: String,
+    /// Rounds for which a late contribution still counts, at half its weight per round.
+    late_rounds: u32,
+}
+
+impl Default for ClosingTable {
+    fn default() -> Self {
+        Self {
+            quorum: 1,
+            grace: "10s".into(),
+            deadline: "10m".into(),
+            late_rounds: 2,
+        }
+    }
+}
+
+/// Held-out texts.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct EvaluationTable {
+    /// A folder with `LANG.txt` and, to prime the compressor of the baseline, `LANG.train.txt`.
+    pub(crate) folder: PathBuf,
+    /// Evaluate after every so many rounds, and after the last.
+    #[serde(default = "one")]
+    pub(crate) every_rounds: u64,
+}
+
+fn bf16() -> String {
+    "bf16".into()
+}
+
+fn bytes() -> String {
+    "bytes".into()
+}
+
+const fn yes() -> bool {
+    true
+}
+
+const fn ten_thousand() -> f64 {
+    10_000.0
+}
+
+const fn one() -> u64 {
+    1
+}
+
+impl RunFile {
+    /// Reads a run file; paths in it are relative to its folder, and absolute afterwards.
+    pub(crate) fn read(path: &Path) -> anyhow::Result<Self> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let mut file = Self::parse(&text).with_context(|| format!("{} is not a run file", path.display()))?;
+        let folder = std::path::absolute(path)?.parent().map(Path::to_owned).unwrap_or_default();
+        if let Some(evaluation) = &mut file.evaluation {
+            evaluation.folder = folder.join(&evaluation.folder);
+        }
+        if file.model.tokenizer != "bytes" {
+            let joined = folder.join(&file.model.tokenizer);
+            file.model.tokenizer = joined.to_str().context("the tokenizer's path is no UTF-8")?.to_owned();
+        }
+        Ok(file)
+    }
+
+    fn parse(text: &str) -> anyhow::Result<Self> {
+        let file: Self = toml::from_str(text)?;
+        let model = &file.model;
+        ensure!(file.rounds > 0, "`rounds` must be at least 1");
+        ensure!(
+            model.hidden > 0 && model.blocks > 0 && model.heads > 0,
+            "`hidden`, `blocks` and `heads` of [model] must be at least 1"
+        );
+        ensure!(
+            model.hidden % model.heads == 0 && (model.hidden / model.heads) % 2 == 0,
+            "`hidden` must be an even multiple of `heads`"
+        );
+        let kv_heads = model.kv_heads.unwrap_or(model.heads);
+        ensure!(kv_heads > 0 && model.heads % kv_heads == 0, "`heads` must be a multiple of `kv_heads`");
+        file.inner()?;
+        file.outer()?;
+        file.closing()?;
+        file.boundary()?;
+        Ok(file)
+    }
+
+    /// The inner steps.
+    pub(crate) fn inner(&self) -> anyhow::Result<Inner> {
+        let table = &self.inner;
+        ensure!(
+            table.steps > 0 && table.batch > 0 && table.micro_batches > 0 && table.seq > 0,
+            "`steps`, `batch`, `micro_batches` and `seq` of [inner] must be at least 1"
+        );
+        ensure!((0.0..=1.0).contains(&table.decay), "`decay` of [inner] is a share between 0 and 1");
+        Ok(Inner {
+            steps: table.steps,
+            batch: table.batch,
+            micro_batches: table.micro_batches,
+            seq: table.seq,
+            learning_rate: positive("learning_rate", table.learning_rate)?,
+            warmup_steps: table.warmup_steps,
+            // As in the published decentralised runs.
+            beta_1: 0.9,
+            beta_2: 0.95,
+            epsilon: 1e-8,
+            weight_decay: table.weight_decay,
+            clip_norm: positive("clip_norm", table.clip_norm)?,
+            decay_ppm: (table.decay * 1e6).round() as u32,
+        })
+    }
+
+    /// The exchange.
+    pub(crate) fn outer(&self) -> anyhow::Result<Outer> {
+        let table = &self.outer;
+        let codec = match table.codec.as_str() {
+            "raw" => Codec::Raw,
+            "int8" => Codec::Int8,
+            "e3m0" => Codec::E3m0,
+            "topk_q2" => Codec::TopkQ2 {
+                k: table.k.unwrap_or(64),
+                error_decay: table.error_decay.unwrap_or(0.95),
+            },
+            other => bail!("`codec` = \"{other}\" is none of \"raw\", \"int8\", \"e3m0\", \"topk_q2\""),
+        };
+        let sparse = matches!(codec, Codec::TopkQ2 { .. });
+        if let Codec::TopkQ2 { k, error_decay } = codec {
+            ensure!((1..=4096).contains(&k), "`k` of [outer] is 1 to 4096");
+            ensure!((0.0..=1.0).contains(&error_decay), "`error_decay` of [outer] is between 0 and 1");
+            ensure!(
+                table.momentum.unwrap_or(0.0) == 0.0,
+                "`momentum` does not go with `topk_q2`: error feedback plays its part"
+            );
+        } else {
+            let only_sparse = table.k.is_some() || table.error_decay.is_some() || table.warm_start_rounds.is_some();
+            ensure!(!only_sparse, "`k`, `error_decay` and `warm_start_rounds` of [outer] belong to `topk_q2`");
+        }
+        let momentum = table.momentum.unwrap_or(if sparse { 0.0 } else { 0.9 });
+        ensure!((0.0..1.0).contains(&momentum), "`momentum` of [outer] is at least 0 and below 1");
+        Ok(Outer {
+            codec,
+            learning_rate: positive("learning_rate", table.learning_rate.unwrap_or(if sparse { 1.0 } else { 0.7 }))?,
+            momentum,
+            warm_start_rounds: table.warm_start_rounds.unwrap_or(0),
+        })
+    }
+
+    /// When a round closes.
+    pub(crate) fn closing(&self) -> anyhow::Result<Closing> {
+        let table = &self.closing;
+        ensure!(table.quorum > 0, "`quorum` of [closing] must be at least 1");
+        Ok(Closing {
+            quorum: table.quorum,
+            grace: span("grace", &table.grace)?,
+            deadline: span("deadline", &table.deadline)?,
+            late_rounds_max: table.late_rounds,
+        })
+    }
+
+    /// How activations cross.
+    pub(crate) fn boundary(&self) -> anyhow::Result<Boundary> {
+        match self.boundary.as_str() {
+            "f32" => Ok(Boundary::F32),
+            "bf16" => Ok(Boundary::Bf16),
+            "int8" => Ok(Boundary::Int8),
+            other => bail!("`boundary` = \"{other}\" is none of \"f32\", \"bf16\", \"int8\""),
+        }
+    }
+}
+
+fn positive(key: &str, value: f32) -> anyhow::Result<f32> {
+    ensure!(value.is_finite() && value > 0.0, "`{key}` must be above zero");
+    Ok(value)
+}
+
+fn span(key: &str, text: &str) -> anyhow::Result<Span> {
+    let duration: jiff::SignedDuration =
+        text.parse().with_context(|| format!("`{key}` = \"{text}\" is no duration such as \"90s\""))?;
+    let micros = u64::try_from(duration.as_micros()).with_context(|| format!("`{key}` is below zero"))?;
+    Ok(Span(micros))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMALL: &str = "name = \"small\"\nrounds = 3\n[model]\nhidden = 64\nblocks = 2\nheads = 4\n";
+
+    fn refused(text: &str) -> String {
+        format!("{:#}", RunFile::parse(text).unwrap_err())
+    }
+
+    #[test]
+    fn what_is_left_out_has_its_default() {
+        let file = RunFile::parse(SMALL).unwrap();
+        let outer = file.outer().unwrap();
+        assert_eq!((outer.codec, outer.learning_rate, outer.momentum), (Codec::E3m0, 0.7, 0.9));
+        assert_eq!(file.closing().unwrap().deadline, Span::seconds(600));
+        assert_eq!(file.inner().unwrap().decay_ppm, 200_000);
+        assert_eq!(file.boundary().unwrap(), Boundary::Bf16);
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_by_name() {
+        assert!(refused(&format!("{SMALL}head_dims = 3\n")).contains("head_dims"));
+        assert!(refused(&format!("{SMALL}[outer]\ncodek = \"raw\"\n")).contains("codek"));
+    }
+
+    #[test]
+    fn what_does_not_fit_together_is_refused_with_a_reason() {
+        assert!(refused(&SMALL.replace("heads = 4", "heads = 5")).contains("`heads`"));
+        assert!(refused(&format!("{SMALL}[outer]\nk = 64\n")).contains("topk_q2"));
+        assert!(refused(&format!("{SMALL}[outer]\ncodec = \"topk_q2\"\nmomentum = 0.9\n")).contains("momentum"));
+        assert!(refused(&format!("{SMALL}[closing]\ngrace = \"soon\"\n")).contains("grace"));
+        assert!(refused(&format!("{SMALL}[inner]\nlearning_rate = 0.0\n")).contains("learning_rate"));
+    }
+}
