@@ -7,6 +7,7 @@ pub mod store;
 // The two planes, and who may use them.
 pub mod control;
 pub mod data;
+pub mod enrol;
 pub mod gate;
 pub mod members;
 

@@ -210,6 +210,15 @@ impl Members {
         self.read(|inner| inner.membership.admit(credentials, peer, unix_now()))
     }
 
+    /// Checks a certificate that the authenticated peer `peer` showed.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal`], which says which rule and about whom.
+    pub fn check_certificate(&self, peer: NodeId, certificate: &Signed<Certificate>) -> Result<Member, Refusal> {
+        self.read(|inner| inner.membership.check(certificate, peer, unix_now()))
+    }
+
     // Nothing panics while the lock is held, and every state between two statements is a valid one.
     fn read<T>(&self, look: impl FnOnce(&Inner) -> T) -> T {
         look(&self.inner.read().unwrap_or_else(PoisonError::into_inner))

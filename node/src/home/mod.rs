@@ -10,6 +10,7 @@
 //!   certificate                the institution's word for this node
 //!   revocations                the newest list of every institution
 //!   peers.json                 where members were last met
+//!   addresses.json             where this node can be reached, as the daemon last saw it; invites name it
 //!   institutions/ID.key        an institution's secret seed and name, where this home administers it
 //!   tokens/HASH                an enrolment token that may be used, by its hash
 //!   tokens/HASH.used           by which node it was used
@@ -29,6 +30,7 @@ use std::path::{Path, PathBuf};
 use polder_protocol::charter::{Certificate, CharterError, Charters, Revocation};
 use polder_protocol::hash::{InstitutionId, NodeId, hex, parse_hex_32};
 use polder_protocol::identity::{KeyPair, Signed, SignedError};
+use polder_protocol::invite::Door;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -263,6 +265,49 @@ impl Home {
         write_whole(&path, &text)
     }
 
+    /// Where this node can be reached, as its daemon last saw it.
+    ///
+    /// # Errors
+    ///
+    /// [`HomeError`] for a file that cannot be read or is malformed.
+    pub fn addresses(&self) -> Result<Option<KnownPeer>, HomeError> {
+        let path = self.root.join("addresses.json");
+        let Some(bytes) = read(&path)? else { return Ok(None) };
+        let own = serde_json::from_slice(&bytes).map_err(|error| damaged(&path, &error))?;
+        Ok(Some(own))
+    }
+
+    /// Keeps where this node can be reached. The daemon calls it when it listens, and when that changes.
+    ///
+    /// # Errors
+    ///
+    /// [`HomeError::File`]; the old file is as it was.
+    pub fn save_addresses(&self, own: &KnownPeer) -> Result<(), HomeError> {
+        let path = self.root.join("addresses.json");
+        let text = serde_json::to_vec_pretty(own).map_err(|error| damaged(&path, &error))?;
+        write_whole(&path, &text)
+    }
+
+    /// Models and checkpoints by their hash.
+    pub fn blobs(&self) -> PathBuf {
+        self.root.join("blobs")
+    }
+
+    /// Published models.
+    pub fn epochs(&self) -> PathBuf {
+        self.root.join("epochs")
+    }
+
+    /// Training runs: log and checkpoints.
+    pub fn runs(&self) -> PathBuf {
+        self.root.join("runs")
+    }
+
+    /// What can be rebuilt.
+    pub fn index(&self) -> PathBuf {
+        self.root.join("index")
+    }
+
     /// The institutions whose keys this home holds, in the order of their ids.
     ///
     /// # Errors
@@ -375,6 +420,16 @@ fn parse_key(path: &Path, text: &str) -> Result<(KeyPair, String), HomeError> {
     // The reason must not repeat the text, which is secret.
     let seed = parse_hex_32(lines.next().unwrap_or_default()).map_err(|error| damaged(path, &error))?;
     Ok((KeyPair::from_seed(&seed), lines.next().unwrap_or_default().to_string()))
+}
+
+impl From<&Door> for KnownPeer {
+    fn from(door: &Door) -> Self {
+        Self {
+            node: door.node.to_string(),
+            control: door.control.clone(),
+            data: door.data.clone(),
+        }
+    }
 }
 
 impl KnownPeer {

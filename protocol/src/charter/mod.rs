@@ -24,8 +24,8 @@ pub use membership::{Credentials, Member, Membership, Refusal, RevocationError};
 
 /// The longest encoding of one charter: some hundred institutions.
 pub const CHARTER_BYTES_MAX: usize = 256 << 10;
-/// The longest encoding of a whole chain, which is what travels and is stored.
-pub const CHARTERS_BYTES_MAX: usize = 1 << 20;
+/// The longest encoding of a whole chain: it travels in one control message, with room beside it.
+pub const CHARTERS_BYTES_MAX: usize = 512 << 10;
 /// The most charters of one chain. One a month is enough for twenty years.
 pub const CHARTERS_MAX: usize = 256;
 /// The most founders of one charter, hence signatures to check.
