@@ -7,6 +7,7 @@ mod client;
 mod command;
 mod context;
 mod failure;
+mod institutions;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;

@@ -204,29 +204,74 @@ pub fn accept(home: &Home, invite: &Invite, answer: &[u8]) -> Result<Members, En
             invited: invite.federation,
         });
     }
-    let (certificate, charters, revocations) = read_answer(answer)?;
-    if charters.federation() != invite.federation {
+    let certified = read_answer(answer)?;
+    if certified.1.federation() != invite.federation {
         return Err(EnrolError::OtherFederation {
-            theirs: charters.federation(),
+            theirs: certified.1.federation(),
             invited: invite.federation,
         });
     }
-    let members = Members::new(home.node_key()?.node(), charters.clone(), certificate.clone())?;
-    if members.institution() != invite.institution {
+    if certified.0.by() != invite.institution.0 {
         return Err(EnrolError::OtherInstitution {
-            theirs: members.institution(),
+            theirs: InstitutionId(certified.0.by()),
             invited: invite.institution,
         });
     }
-    for list in revocations {
-        // A list that does not hold is the gateway's mistake, and no reason to stay outside.
+    let peers: Vec<KnownPeer> = invite.doors.iter().map(KnownPeer::from).collect();
+    keep(home, certified, &peers)
+}
+
+/// What [`accept_packet`] takes: a certificate made by hand, with what the node needs to check others.
+pub fn packet(certificate: &Signed<Certificate>, charters: &Charters, revocations: &[Signed<Revocation>]) -> Vec<u8> {
+    let answer = Answer::Certified {
+        certificate: certificate.clone(),
+        charters: charters.to_bytes(),
+        revocations: revocations.to_vec(),
+    };
+    // An answer holds nothing that postcard cannot write.
+    postcard::to_allocvec(&answer).unwrap_or_default()
+}
+
+/// Takes a certificate that a person brought, with its charter. The person vouches for the federation; a home that is
+/// a member already takes none of another.
+///
+/// # Errors
+///
+/// [`EnrolError`], which says what does not hold.
+pub fn accept_packet(home: &Home, packet: &[u8]) -> Result<Members, EnrolError> {
+    let certified = read_answer(packet)?;
+    if let Some(known) = home.charters()?
+        && known.federation() != certified.1.federation()
+    {
+        return Err(EnrolError::Member {
+            name: known.current().name.clone(),
+            ours: known.federation(),
+            invited: certified.1.federation(),
+        });
+    }
+    let peers = home.peers()?;
+    keep(home, certified, &peers)
+}
+
+/// Checks everything, then keeps everything.
+fn keep(home: &Home, certified: Certified, peers: &[KnownPeer]) -> Result<Members, EnrolError> {
+    let (certificate, charters, revocations) = certified;
+    let members = Members::new(home.node_key()?.node(), charters, certificate.clone())?;
+    if let Some(known) = home.charters()? {
+        // An older charter than the one that is known here is not taken.
+        let newest = members.charters();
+        if !(newest == known || known.is_continued_by(&newest)) {
+            members.update(known);
+        }
+    }
+    for list in revocations.into_iter().chain(home.revocations()?) {
+        // A list that does not hold is its bringer's mistake, and no reason to stay outside.
         let _ = members.revoke(list);
     }
     members.check_own()?;
     home.save_revocations(&members.revocations())?;
-    let peers: Vec<KnownPeer> = invite.doors.iter().map(KnownPeer::from).collect();
-    home.save_peers(&peers)?;
-    home.save_charters(&charters)?;
+    home.save_peers(peers)?;
+    home.save_charters(&members.charters())?;
     // Last, since a home with a certificate counts as enrolled.
     home.save_certificate(&certificate)?;
     Ok(members)

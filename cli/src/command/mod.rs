@@ -1,7 +1,10 @@
 //! The verbs. Each is a module with its arguments and one function `run(&Context, Arguments)`.
 
+mod charter;
 mod completions;
 mod data;
+mod institution;
+mod invite;
 
 use clap::Subcommand;
 
@@ -11,6 +14,12 @@ use crate::context::Context;
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Data(data::Arguments),
+    /// Write, show and sign the federation's founding document
+    Charter(charter::Arguments),
+    /// Make an institution's key, certify its nodes, revoke them
+    Institution(institution::Arguments),
+    /// Print one line that lets one new node in
+    Invite(invite::Arguments),
     /// Print a completion script for a shell
     Completions(completions::Arguments),
 }
@@ -19,6 +28,9 @@ pub(crate) enum Command {
 pub(crate) fn run(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
         Command::Data(arguments) => data::run(context, arguments),
+        Command::Charter(arguments) => charter::run(context, arguments),
+        Command::Institution(arguments) => institution::run(context, arguments),
+        Command::Invite(arguments) => invite::run(context, arguments),
         Command::Completions(arguments) => completions::run(context, arguments),
     }
 }

@@ -26,6 +26,15 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), HomeError> {
     write_whole_as(path, bytes, Access::Anyone)
 }
 
+/// As [`write_whole`], for a file that its owner alone may read.
+///
+/// # Errors
+///
+/// [`HomeError::File`], which names the file.
+pub fn write_secret(path: &Path, bytes: &[u8]) -> Result<(), HomeError> {
+    write_whole_as(path, bytes, Access::Owner)
+}
+
 pub(super) fn write_whole_as(path: &Path, bytes: &[u8], access: Access) -> Result<(), HomeError> {
     // Two threads that write one file must not share a temporary one.
     static WRITES: AtomicU64 = AtomicU64::new(0);

@@ -34,7 +34,7 @@ use polder_protocol::invite::Door;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-pub use file::write_whole;
+pub use file::{write_secret, write_whole};
 pub use token::{TOKENS_MAX, TokenError, TokenGrant};
 
 use file::{Access, is_absent, make_folder, read_secret, write_whole_as};
