@@ -4,6 +4,7 @@ mod toy;
 mod world;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use polder_protocol::hash::NodeId;
 use polder_protocol::layout::{BlockRange, Part};
@@ -120,6 +121,52 @@ async fn a_round_trained_again_after_a_crash_gives_the_same_sparse_update() {
     // The same home, another process: everything in memory is gone.
     let again = hub.site_in(1, Arc::clone(&site.home));
     assert_eq!(trained(again.jobs.run(train(&hub, &alone, 0)).await), once);
+}
+
+#[tokio::test]
+async fn whole_nodes_and_a_chain_train_one_run_through_a_kill_and_a_restart_of_all() {
+    let hub = Hub::new(Codec::E3m0);
+    let homes: Vec<tempfile::TempDir> = (0..4).map(|_| tempfile::tempdir().unwrap()).collect();
+    let start = |number: usize| {
+        // The last two hold one block each: together they are a replica.
+        let blocks_max = if number < 2 { 0 } else { 1 };
+        hub.node(number as u8 + 1, blocks_max, homes[number].path())
+    };
+    let mut nodes: Vec<_> = (0..4).map(start).collect();
+    nodes[0].0.new_run(hub.new_run(8)).await.unwrap();
+    nodes[0].0.start_run("toy").await.unwrap();
+    rounds_done(&nodes[0].0, 2).await;
+    // One dies without a word, and comes back with what it had written.
+    nodes[1].1.abort();
+    rounds_done(&nodes[0].0, 4).await;
+    nodes[1] = start(1);
+    rounds_done(&nodes[0].0, 5).await;
+    for (_, task) in &nodes {
+        task.abort();
+    }
+    let nodes: Vec<_> = (0..4).map(start).collect();
+    for (node, _) in &nodes {
+        rounds_done(node, 8).await;
+    }
+    let all: Vec<_> = nodes.iter().map(|(node, _)| node.status_of("toy").unwrap()).collect();
+    for status in &all {
+        assert_eq!(status.state_hash, all[0].state_hash);
+        assert_eq!(status.rounds_diverged, 0, "{status:?}");
+    }
+    let folder = homes[3].path().join("exported");
+    nodes[3].0.export("toy", &folder).await.unwrap();
+    assert!(folder.join("model.safetensors").is_file());
+}
+
+async fn rounds_done(node: &super::TrainHandle, rounds: u64) {
+    let done = async {
+        while node.status_of("toy").map_or(0, |status| status.rounds_done) < rounds {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    if tokio::time::timeout(Duration::from_secs(90), done).await.is_err() {
+        panic!("no {rounds} rounds: {:#?}", node.status());
+    }
 }
 
 fn trained(outcome: Outcome) -> (Vec<(Part, polder_protocol::hash::BlobId)>, u64, u64) {

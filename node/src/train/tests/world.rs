@@ -11,11 +11,13 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use polder_protocol::blob::blob_id;
 use polder_protocol::hash::{BlobId, FederationId, NodeId, RunId};
+use polder_protocol::identity::KeyPair;
 use polder_protocol::layout::{Layout, Part, PartLayout, TensorLayout};
 use polder_protocol::round::RunMessage;
 use polder_protocol::run::{Boundary, Closing, Codec, Inner, Outer, RunSpec};
 use polder_protocol::time::Span;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use super::super::datasets::DataSets;
 use super::super::desk::Desk;
@@ -23,12 +25,14 @@ use super::super::jobs::Jobs;
 use super::super::meeting::Meeting;
 use super::super::status::Board;
 use super::super::world::{Blobs, Link, Network};
+use super::super::{NewRun, TrainConfig, TrainHandle, start};
 use super::toy::{Toy, WIDTH, bytes};
 
 /// What all sites share.
 pub(super) struct Hub {
     store: Arc<Store>,
     sites: Arc<Mutex<BTreeMap<NodeId, Arc<Jobs>>>>,
+    handles: Handles,
     pub(super) spec: Arc<RunSpec>,
     pub(super) run: RunId,
 }
@@ -100,6 +104,7 @@ impl Hub {
         Self {
             store,
             sites: Arc::default(),
+            handles: Arc::default(),
             run: spec.id(),
             spec: Arc::new(spec),
         }
@@ -122,6 +127,7 @@ impl Hub {
         let network = Wires {
             me: node,
             sites: Arc::clone(&self.sites),
+            handles: Arc::clone(&self.handles),
         };
         let jobs = Arc::new(Jobs {
             compute: toy.clone(),
@@ -136,6 +142,48 @@ impl Hub {
         });
         self.sites.lock().unwrap().insert(node, Arc::clone(&jobs));
         Site { node, jobs, toy, home }
+    }
+
+    /// A node with everything that decides, in a home of its own.
+    pub(super) fn node(&self, number: u8, blocks_max: u32, home: &Path) -> (TrainHandle, JoinHandle<()>) {
+        let seal = KeyPair::from_seed(&[number; 32]);
+        let text = home.join("text.txt");
+        fs::write(&text, "text").unwrap();
+        let mut data = DataSets::open(home.join("data.toml")).unwrap();
+        if data.list().is_empty() {
+            data.add("text", &text, None).unwrap();
+        }
+        let network = Wires {
+            me: seal.node(),
+            sites: Arc::clone(&self.sites),
+            handles: Arc::clone(&self.handles),
+        };
+        let config = TrainConfig {
+            home: home.to_owned(),
+            federation: FederationId::default(),
+            train: true,
+            blocks_max,
+        };
+        let toy = Arc::new(Toy::new());
+        let node = seal.node();
+        let started = start(config, Arc::new(seal), toy, self.store.clone(), Arc::new(network));
+        let (handle, task) = started.unwrap();
+        self.sites.lock().unwrap().insert(node, Arc::clone(&handle.jobs));
+        self.handles.lock().unwrap().insert(node, handle.clone());
+        (handle, task)
+    }
+
+    /// The run's facts and files, as a person hands them in.
+    pub(super) fn new_run(&self, rounds: u64) -> NewRun {
+        let mut spec = RunSpec::clone(&self.spec);
+        spec.rounds = rounds;
+        spec.closing.quorum = 2;
+        NewRun {
+            initial_files: spec.initial.iter().map(|blob| self.store.file(*blob)).collect(),
+            tokenizer_file: self.store.file(spec.tokenizer),
+            spec,
+            evaluation: None,
+        }
     }
 
     /// What an update of a part says.
@@ -184,15 +232,28 @@ impl Blobs for Store {
     fn retain(&self, _: RunId, _: BTreeSet<BlobId>) {}
 }
 
+type Handles = Arc<Mutex<BTreeMap<NodeId, TrainHandle>>>;
+
 struct Wires {
     me: NodeId,
     sites: Arc<Mutex<BTreeMap<NodeId, Arc<Jobs>>>>,
+    handles: Handles,
 }
 
 impl Network for Wires {
-    fn send(&self, _: NodeId, _: RunMessage) {}
+    fn send(&self, to: NodeId, message: RunMessage) {
+        let handle = self.handles.lock().unwrap().get(&to).cloned();
+        if let Some(handle) = handle {
+            handle.heard(self.me, &message.to_bytes());
+        }
+    }
 
-    fn broadcast(&self, _: RunMessage) {}
+    fn broadcast(&self, message: RunMessage) {
+        let others: Vec<NodeId> = self.handles.lock().unwrap().keys().copied().collect();
+        for node in others.into_iter().filter(|node| *node != self.me) {
+            self.send(node, message.clone());
+        }
+    }
 
     fn open(&self, to: NodeId, opening: Vec<u8>) -> BoxFuture<'_, Result<Box<dyn Link>, String>> {
         let (out, theirs) = mpsc::channel(64);
