@@ -1,6 +1,7 @@
 //! What touches the world: libp2p for control, quinn for data, sled for what can be rebuilt, HTTP for people.
 
 // What is kept on disk.
+pub mod epochs;
 pub mod home;
 pub mod store;
 

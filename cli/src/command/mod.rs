@@ -5,6 +5,7 @@ mod completions;
 mod data;
 mod institution;
 mod invite;
+mod model;
 
 use clap::Subcommand;
 
@@ -22,6 +23,8 @@ pub(crate) enum Command {
     Invite(invite::Arguments),
     /// Print a completion script for a shell
     Completions(completions::Arguments),
+    /// Bring in, list, show and verify models
+    Model(model::Arguments),
 }
 
 /// Does what was asked.
@@ -32,5 +35,6 @@ pub(crate) fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Institution(arguments) => institution::run(context, arguments),
         Command::Invite(arguments) => invite::run(context, arguments),
         Command::Completions(arguments) => completions::run(context, arguments),
+        Command::Model(arguments) => model::run(context, arguments),
     }
 }

@@ -7,12 +7,18 @@ use serde_json::Value;
 
 use super::import::{ModelSource, Tensors};
 use super::{PartFile, TensorSource, WeightsError, source};
+use crate::model::Config;
 use crate::text::Tokenizer;
 
 /// Opens a folder as a model.
 pub(super) fn open(folder: &Path) -> Result<ModelSource, WeightsError> {
     let config_path = folder.join("config.json");
     let config_json = source::read_text(&config_path)?;
+    // A family that is not implemented is the first thing to say, whatever else is missing.
+    Config::from_json(&config_json).map_err(|source| WeightsError::Config {
+        path: config_path.clone(),
+        source,
+    })?;
     let tokenizer_path = folder.join("tokenizer.json");
     if !tokenizer_path.exists() {
         return Err(WeightsError::MissingFile {

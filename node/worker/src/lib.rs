@@ -4,6 +4,7 @@
 //! never outlives the daemon that started it.
 
 mod host;
+pub mod models;
 mod options;
 mod pipes;
 

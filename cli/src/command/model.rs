@@ -1,0 +1,396 @@
+//! `polder model`: bring a published model into this home, and look at what is there.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+use bytesize::ByteSize;
+use indicatif::{ProgressBar, ProgressStyle};
+use polder_node::data::{BlobStore, Keep};
+use polder_node::epochs::Epochs;
+use polder_protocol::epoch::Epoch;
+use polder_protocol::hash::{BlobId, EpochId};
+use polder_worker::models::{self, ImportedModel, PartFile, Summary};
+use serde::Serialize;
+
+use crate::context::Context;
+use crate::failure::Hint;
+
+/// Arguments of `polder model`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Verb {
+    /// Bring in a model from a GGUF file or a Hugging Face folder
+    Import {
+        /// The file, or the folder with config.json, safetensors and tokenizer.json
+        path: PathBuf,
+        /// What to call the model [default: the name of the file or folder]
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// List the models of this home
+    List,
+    /// Show one model's figures
+    Show {
+        /// The model's name, or the beginning of its id
+        model: String,
+    },
+    /// Read every byte of a model again and check it against its hashes and its configuration
+    Verify {
+        /// The model's name, or the beginning of its id
+        model: String,
+    },
+}
+
+/// Does what was asked.
+pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()> {
+    match arguments.verb {
+        Verb::Import { path, name } => import(context, &path, name),
+        Verb::List => list(context),
+        Verb::Show { model } => show(context, &model),
+        Verb::Verify { model } => verify(context, &model),
+    }
+}
+
+fn import(context: &Context, path: &Path, name: Option<String>) -> anyhow::Result<()> {
+    let home = context.home();
+    fs::create_dir_all(home).with_context(|| format!("cannot make {}", home.display()))?;
+    // Beside the blobs, so that part files move in without a copy.
+    let workplace = home.join(format!("import-{}", std::process::id()));
+    fs::create_dir_all(&workplace).with_context(|| format!("cannot make {}", workplace.display()))?;
+    let imported = import_within(context, path, name, &workplace);
+    let _ = fs::remove_dir_all(&workplace); // What is left of a failed import is only in the way.
+    let (id, epoch) = imported.with_context(|| format!("cannot import {}", path.display()))?;
+    context.show(&Imported {
+        id: id.to_string(),
+        name: epoch.name.clone(),
+        parts: epoch.parts.len(),
+        bytes: epoch.part_bytes.iter().sum(),
+    })
+}
+
+fn import_within(
+    context: &Context,
+    path: &Path,
+    name: Option<String>,
+    workplace: &Path,
+) -> anyhow::Result<(EpochId, Epoch)> {
+    let bar = progress_bar(context, "converting");
+    let model = models::import(path, &workplace.join("model"), &mut |progress| {
+        bar.set_length(progress.parts as u64);
+        bar.set_position(progress.parts_done as u64);
+    })?;
+    bar.finish_and_clear();
+    let blobs = BlobStore::open(context.home())?;
+    let epochs = Epochs::of(context.home());
+    let mut added = Vec::new();
+    let kept = keep(context, &blobs, &model, name, &mut added).and_then(|epoch| Ok((epochs.save(&epoch)?, epoch)));
+    if kept.is_err() {
+        // Such as a disk that is full half-way: what this import brought is taken away again.
+        for blob in added {
+            let _ = blobs.remove(blob);
+        }
+    }
+    kept
+}
+
+/// Moves a model's files among the blobs. `added` are those that were not there before.
+fn keep(
+    context: &Context,
+    blobs: &BlobStore,
+    model: &ImportedModel,
+    name: Option<String>,
+    added: &mut Vec<BlobId>,
+) -> anyhow::Result<Epoch> {
+    let before = blobs.list()?;
+    let mut put = |path: &Path| -> anyhow::Result<BlobId> {
+        let id = blobs.put_file(path, Keep::Move)?;
+        if !before.contains(&id) {
+            added.push(id);
+        }
+        Ok(id)
+    };
+    let bar = progress_bar(context, "hashing");
+    bar.set_length(model.part_files.len() as u64);
+    let mut parts = Vec::new();
+    let mut part_bytes = Vec::new();
+    for file in &model.part_files {
+        part_bytes.push(fs::metadata(file)?.len());
+        parts.push(put(file)?);
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(Epoch {
+        version: 1,
+        name: name.unwrap_or_else(|| model.name.clone()),
+        config_json: model.config_json.clone(),
+        tokenizer: put(&model.tokenizer_json)?,
+        chat_template: model.chat_template.clone(),
+        end_tokens: model.end_tokens.clone(),
+        begin_token: model.begin_token,
+        parts,
+        part_bytes,
+        context_tokens_max: model.context_tokens_max,
+        parent: None,
+        trained: None,
+        evaluation: BTreeMap::new(),
+    })
+}
+
+fn list(context: &Context) -> anyhow::Result<()> {
+    let epochs = Epochs::of(context.home()).list()?;
+    let models = epochs.iter().map(|(id, epoch)| Listed {
+        id: id.to_string(),
+        name: epoch.name.clone(),
+        blocks: epoch.blocks(),
+        bytes: epoch.part_bytes.iter().sum(),
+        context_tokens_max: epoch.context_tokens_max,
+    });
+    context.show(&List {
+        models: models.collect(),
+    })
+}
+
+fn show(context: &Context, wanted: &str) -> anyhow::Result<()> {
+    let (id, epoch) = find(context, wanted)?;
+    let blobs = BlobStore::open(context.home())?;
+    let here: Vec<PathBuf> = epoch.parts.iter().filter_map(|blob| blobs.path(*blob)).collect();
+    let files = here
+        .iter()
+        .map(|path| PartFile::open(path))
+        .collect::<Result<Vec<_>, _>>()?;
+    let summary = Summary::of_parts(&epoch.name, &epoch.config_json, &files)?;
+    context.show(&Shown {
+        id: id.to_string(),
+        name: epoch.name.clone(),
+        architecture: summary.architecture,
+        parameters: summary.parameters,
+        types: summary
+            .types
+            .iter()
+            .map(|(name, total)| (name.clone(), total.bytes))
+            .collect(),
+        blocks: summary.blocks,
+        hidden: summary.hidden,
+        vocabulary: summary.vocabulary,
+        context_tokens_max: epoch.context_tokens_max,
+        bytes: epoch.part_bytes.iter().sum(),
+        parts: epoch.parts.len(),
+        parts_here: here.len(),
+        begin_token: epoch.begin_token,
+        end_tokens: epoch.end_tokens.clone(),
+        chat_template: epoch.chat_template.is_some(),
+        parent: epoch.parent.map(|parent| parent.to_string()),
+        run: epoch.trained.map(|(run, _, _)| run.to_string()),
+        evaluation: epoch.evaluation,
+    })
+}
+
+fn verify(context: &Context, wanted: &str) -> anyhow::Result<()> {
+    let (id, epoch) = find(context, wanted)?;
+    let blobs = BlobStore::open(context.home())?;
+    let layout = models::layout_of(&epoch.config_json)?;
+    if layout.parts.len() != epoch.parts.len() || epoch.part_bytes.len() != epoch.parts.len() {
+        bail!(
+            "{} parts are listed, the configuration has {}",
+            epoch.parts.len(),
+            layout.parts.len()
+        );
+    }
+    let bar = progress_bar(context, "verifying");
+    bar.set_length(epoch.parts.len() as u64);
+    let mut bytes = 0;
+    for (index, (blob, part)) in epoch.parts.iter().zip(&layout.parts).enumerate() {
+        let what = || format!("part {index} of `{}`", epoch.name);
+        let read = blobs
+            .read(*blob)
+            .with_context(what)
+            .hint("import the model again, or fetch it from a peer")?;
+        bytes += read.len() as u64;
+        let path = blobs.path(*blob).with_context(what)?;
+        PartFile::open(&path)
+            .and_then(|file| file.check(part))
+            .with_context(what)?;
+        bar.inc(1);
+    }
+    let tokenizer = blobs
+        .read(epoch.tokenizer)
+        .with_context(|| format!("tokenizer of `{}`", epoch.name))?;
+    models::check_tokenizer(&tokenizer).with_context(|| format!("tokenizer of `{}`", epoch.name))?;
+    bar.finish_and_clear();
+    context.show(&Verified {
+        id: id.to_string(),
+        name: epoch.name,
+        parts: epoch.parts.len(),
+        bytes,
+    })
+}
+
+fn find(context: &Context, wanted: &str) -> anyhow::Result<(EpochId, Epoch)> {
+    Epochs::of(context.home())
+        .find(wanted)
+        .hint("`polder model list` shows what is here; `polder model import PATH` brings a model in")
+}
+
+/// On standard error, so that answers stay clean; hidden where nobody watches.
+fn progress_bar(context: &Context, what: &'static str) -> ProgressBar {
+    if context.json() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(0).with_message(what);
+    if let Ok(style) = ProgressStyle::with_template("{msg:>12} {wide_bar} {pos}/{len} parts") {
+        bar.set_style(style);
+    }
+    bar
+}
+
+#[derive(Serialize)]
+struct Imported {
+    id: String,
+    name: String,
+    parts: usize,
+    bytes: u64,
+}
+
+impl fmt::Display for Imported {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (short, size) = (short(&self.id), ByteSize(self.bytes));
+        write!(f, "`{}` is here as {short}: {} parts, {size}", self.name, self.parts)
+    }
+}
+
+#[derive(Serialize)]
+struct Verified {
+    id: String,
+    name: String,
+    parts: usize,
+    bytes: u64,
+}
+
+impl fmt::Display for Verified {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (short, size) = (short(&self.id), ByteSize(self.bytes));
+        write!(
+            f,
+            "`{}` ({short}) is whole: {} parts, {size}, tokenizer",
+            self.name, self.parts
+        )
+    }
+}
+
+#[derive(Serialize)]
+struct List {
+    models: Vec<Listed>,
+}
+
+#[derive(Serialize)]
+struct Listed {
+    id: String,
+    name: String,
+    blocks: u32,
+    bytes: u64,
+    context_tokens_max: u32,
+}
+
+impl fmt::Display for List {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.models.is_empty() {
+            return write!(f, "no models here; `polder model import PATH` brings one in");
+        }
+        let width = self
+            .models
+            .iter()
+            .map(|model| model.name.chars().count())
+            .max()
+            .unwrap_or(0);
+        writeln!(
+            f,
+            "{:8}  {:width$}  {:>6}  {:>10}  {:>7}",
+            "ID", "NAME", "BLOCKS", "SIZE", "CONTEXT"
+        )?;
+        for model in &self.models {
+            let (short, size) = (short(&model.id), ByteSize(model.bytes).to_string());
+            let (name, blocks, context) = (&model.name, model.blocks, model.context_tokens_max);
+            writeln!(f, "{short:8}  {name:width$}  {blocks:>6}  {size:>10}  {context:>7}")?;
+        }
+        Ok(())
+    }
+}
+
+#[derive(Serialize)]
+struct Shown {
+    id: String,
+    name: String,
+    architecture: String,
+    parameters: u64,
+    /// Bytes by type of element.
+    types: BTreeMap<String, u64>,
+    blocks: u32,
+    hidden: usize,
+    vocabulary: usize,
+    context_tokens_max: u32,
+    bytes: u64,
+    parts: usize,
+    parts_here: usize,
+    begin_token: Option<u32>,
+    end_tokens: Vec<u32>,
+    chat_template: bool,
+    parent: Option<String>,
+    run: Option<String>,
+    evaluation: BTreeMap<String, u64>,
+}
+
+impl fmt::Display for Shown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let types = self
+            .types
+            .iter()
+            .map(|(name, bytes)| format!("{name} {}", ByteSize(*bytes)));
+        writeln!(f, "{}", self.name)?;
+        writeln!(f, "  id            {}", self.id)?;
+        writeln!(f, "  architecture  {}", self.architecture)?;
+        writeln!(f, "  parameters    {:.1} million", self.parameters as f64 / 1e6)?;
+        writeln!(f, "  shape         {} blocks of width {}", self.blocks, self.hidden)?;
+        writeln!(f, "  vocabulary    {} tokens", self.vocabulary)?;
+        writeln!(f, "  context       {} tokens", self.context_tokens_max)?;
+        writeln!(f, "  weights       {}", types.collect::<Vec<_>>().join(", "))?;
+        writeln!(
+            f,
+            "  parts         {} of {} here, {} in all",
+            self.parts_here,
+            self.parts,
+            ByteSize(self.bytes)
+        )?;
+        writeln!(
+            f,
+            "  chat template {}",
+            if self.chat_template {
+                "its own"
+            } else {
+                "none: the plain one"
+            }
+        )?;
+        if let Some(parent) = &self.parent {
+            writeln!(f, "  parent        {}", short(parent))?;
+        }
+        if let Some(run) = &self.run {
+            writeln!(f, "  trained by    run {}", short(run))?;
+        }
+        for (what, millionths) in &self.evaluation {
+            writeln!(f, "  {what} {:.3}", *millionths as f64 / 1e6)?;
+        }
+        Ok(())
+    }
+}
+
+/// The first eight digits of an id.
+fn short(id: &str) -> &str {
+    id.get(..8).unwrap_or(id)
+}

@@ -1,0 +1,30 @@
+//! Models on disk, for commands that convert, make and check them without a worker process.
+
+use polder_kernels::model::{Config, layout};
+use polder_kernels::text::Tokenizer;
+use polder_protocol::layout::Layout;
+
+pub use polder_kernels::model::ConfigError;
+pub use polder_kernels::text::{BEGIN_TEXT, END_TEXT, TextError, byte_level_bpe, bytes as byte_tokenizer};
+pub use polder_kernels::weights::{
+    Exported, ImportedModel, PartFile, Progress, Summary, TypeTotal, WeightsError, export, import, inspect,
+    write_state_part,
+};
+
+/// The parts and tensors of a model by its Hugging Face `config.json`.
+///
+/// # Errors
+///
+/// [`ConfigError`] names the key that is missing, wrong or not implemented.
+pub fn layout_of(config_json: &str) -> Result<Layout, ConfigError> {
+    Config::from_json(config_json).map(|config| layout(&config))
+}
+
+/// Checks that bytes are a `tokenizer.json` that can be used.
+///
+/// # Errors
+///
+/// [`TextError`] says what is wrong with them.
+pub fn check_tokenizer(bytes: &[u8]) -> Result<(), TextError> {
+    Tokenizer::from_bytes(bytes).map(|_| ())
+}
