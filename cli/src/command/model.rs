@@ -10,6 +10,7 @@ use bytesize::ByteSize;
 use indicatif::{ProgressBar, ProgressStyle};
 use polder_node::data::{BlobStore, Keep};
 use polder_node::epochs::Epochs;
+use polder_protocol::blob::blob_id;
 use polder_protocol::epoch::Epoch;
 use polder_protocol::hash::{BlobId, EpochId};
 use polder_worker::models::{self, ImportedModel, PartFile, Summary};
@@ -111,6 +112,13 @@ fn keep(
 ) -> anyhow::Result<Epoch> {
     let before = blobs.list()?;
     let mut put = |path: &Path| -> anyhow::Result<BlobId> {
+        if !before.is_empty() {
+            // A blob that is here but damaged is replaced, so that importing again repairs a model.
+            let id = blob_id(&fs::read(path)?);
+            if before.contains(&id) && blobs.read(id).is_err() {
+                blobs.remove(id)?;
+            }
+        }
         let id = blobs.put_file(path, Keep::Move)?;
         if !before.contains(&id) {
             added.push(id);
