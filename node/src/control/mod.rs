@@ -1,1 +1,227 @@
-//! See docs/src/architecture.md.
+//! The control plane: a libp2p swarm in which only certified peers are heard.
+//!
+//! On every new connection the dialer says [`Hello`](polder_protocol::wire::Hello) and the listener answers with its
+//! own; each asks its [`Gate`](crate::gate::Gate) about the other. Until both agree, nothing but greetings and enrolment
+//! is answered, and a refusal says which rule it follows. Members then tell each other of the members they know.
+
+mod address;
+mod behaviour;
+mod codec;
+mod driver;
+mod gossip;
+mod handle;
+mod meetings;
+mod shared;
+#[cfg(test)]
+mod tests;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use polder_protocol::hash::{InstitutionId, NodeId};
+use polder_protocol::time::UnixSeconds;
+pub use polder_protocol::wire::Service;
+use thiserror::Error;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use crate::gate::{Admitted, Gate};
+pub use handle::ControlHandle;
+
+/// How long a request may take where the caller does not say: a dial over a slow path, a greeting and an answer.
+pub const REQUEST_DEADLINE: Duration = Duration::from_secs(20);
+
+/// How the control plane starts.
+#[derive(Debug, Clone)]
+pub struct ControlConfig {
+    /// The ed25519 secret of the node.
+    pub seed: [u8; 32],
+    /// Where to listen, as multiaddresses such as `/ip4/0.0.0.0/tcp/4001` or `/ip4/0.0.0.0/udp/4001/quic-v1`.
+    pub listen: Vec<String>,
+    /// Addresses under which others reach this node, where its operator knows them.
+    pub external: Vec<String>,
+    /// Peers to meet first; they are dialled again whenever they are lost.
+    pub bootstrap: Vec<(NodeId, Vec<String>)>,
+    /// Find members on the local network.
+    pub mdns: bool,
+    /// Ask the router to map ports.
+    pub upnp: bool,
+    /// Carry connections for members that nobody can reach, and keep a routing table for others.
+    pub relay_server: bool,
+    /// Where the data plane answers. An unspecified address is completed by each peer with the address it sees.
+    pub data_addresses: Vec<SocketAddr>,
+    /// Stop trying to meet further members at so many.
+    pub peers_target: usize,
+    /// Connections in all; those waiting for their handshake are limited to an eighth of it.
+    pub connections_max: u32,
+}
+
+impl ControlConfig {
+    /// Listens on any free port of the loopback interface and looks for nobody.
+    pub fn loopback(seed: [u8; 32]) -> Self {
+        Self {
+            seed,
+            listen: vec!["/ip4/127.0.0.1/tcp/0".into(), "/ip4/127.0.0.1/udp/0/quic-v1".into()],
+            external: Vec::new(),
+            bootstrap: Vec::new(),
+            mdns: false,
+            upnp: false,
+            relay_server: false,
+            data_addresses: Vec::new(),
+            peers_target: 48,
+            connections_max: 512,
+        }
+    }
+}
+
+/// Why something on the control plane did not happen.
+#[derive(Debug, Error, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "each message is its own documentation")]
+pub enum ControlError {
+    #[error("cannot listen on {address}: {reason}\n  hint: {hint}")]
+    Listen {
+        address: String,
+        reason: String,
+        hint: &'static str,
+    },
+    #[error("`{address}` is not a multiaddress: {reason}")]
+    Address { address: String, reason: String },
+    #[error("the seed is not an ed25519 key: {reason}")]
+    Seed { reason: String },
+    #[error("the transport cannot be set up: {reason}")]
+    Transport { reason: String },
+    #[error("node {node} does not answer: {reason}")]
+    Unreachable { node: NodeId, reason: String },
+    #[error("node {node} refuses us: {reason}")]
+    RefusedBy { node: NodeId, reason: String },
+    #[error("we refuse node {node}: {reason}")]
+    Refused { node: NodeId, reason: String },
+    #[error("node {node} does not offer {service:?}")]
+    NoSuchService { node: NodeId, service: Service },
+    #[error("node {node} is too busy for {service:?}")]
+    Busy { node: NodeId, service: Service },
+    #[error("node {node} cannot read our {service:?} request: {reason}")]
+    Malformed {
+        node: NodeId,
+        service: Service,
+        reason: String,
+    },
+    #[error("message of {len_bytes} bytes is over the limit of {limit_bytes}")]
+    TooLong { len_bytes: usize, limit_bytes: usize },
+    #[error("node {node} did not answer {service:?} within {after:?}")]
+    Deadline {
+        node: NodeId,
+        service: Service,
+        after: Duration,
+    },
+    #[error("nobody listens to topic `{topic}`")]
+    NobodyListens { topic: String },
+    #[error("gossip on `{topic}` failed: {reason}")]
+    Gossip { topic: String, reason: String },
+    #[error("the control plane has too much to do")]
+    Overloaded,
+    #[error("the control plane has stopped")]
+    Stopped,
+}
+
+/// A request of a peer.
+#[derive(Debug)]
+pub struct Incoming {
+    /// Who asks; its key was proved.
+    pub from: NodeId,
+    /// What its credentials say. `None` only for [`Service::Enrol`].
+    pub admitted: Option<Admitted>,
+    /// What the service defines.
+    pub body: Vec<u8>,
+    /// Where the answer goes. Dropped unanswered, the asker hears that this node is busy.
+    pub reply: oneshot::Sender<Vec<u8>>,
+}
+
+/// A gossip message of a certified author.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gossip {
+    /// The author; it signed the message.
+    pub from: NodeId,
+    /// What the author's credentials say.
+    pub admitted: Admitted,
+    /// What the topic defines.
+    pub bytes: Vec<u8>,
+}
+
+/// How a peer is connected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Path {
+    /// At least one connection goes straight to it.
+    Direct,
+    /// All connections go through a relay.
+    Relayed,
+    /// Not connected now.
+    Lost,
+}
+
+/// What is known of a member.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerRecord {
+    /// Who.
+    pub node: NodeId,
+    /// The institution that certified it.
+    pub institution: InstitutionId,
+    /// What it may do, as bits of the charter's capabilities.
+    pub capabilities: u16,
+    /// The program it runs and its version, as it says.
+    pub agent: String,
+    /// Where its control plane answers, as it says.
+    pub control_addresses: Vec<String>,
+    /// Where its data plane answers, best first.
+    pub data_addresses: Vec<SocketAddr>,
+    /// The last measured round trip.
+    pub rtt: Option<Duration>,
+    /// How it is connected.
+    pub path: Path,
+    /// When it was last heard.
+    pub last_seen: UnixSeconds,
+}
+
+/// What changed among the members that this node has met.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PeerEvent {
+    /// A member was admitted.
+    Joined(PeerRecord),
+    /// A member said goodbye, was lost, or is no longer admitted.
+    Left {
+        /// Who.
+        node: NodeId,
+        /// Why, for people.
+        reason: String,
+    },
+    /// A peer was turned away.
+    Refused {
+        /// Who.
+        node: NodeId,
+        /// Which rule, for people.
+        reason: String,
+    },
+    /// A peer turned this node away.
+    RefusedBy {
+        /// Who.
+        node: NodeId,
+        /// Which rule, for people.
+        reason: String,
+    },
+}
+
+/// Starts the control plane on the present tokio runtime, listening when it returns.
+///
+/// The join handle ends after [`ControlHandle::shutdown`].
+///
+/// # Errors
+///
+/// [`ControlError::Listen`] for a port in use, [`ControlError::Address`] for a malformed address, and what else keeps
+/// the swarm from starting.
+pub async fn start(
+    config: ControlConfig,
+    gate: Arc<dyn Gate>,
+) -> Result<(ControlHandle, JoinHandle<()>), ControlError> {
+    driver::start(config, gate).await
+}

@@ -1,0 +1,207 @@
+//! The swarm: which libp2p protocols run, and their limits.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::Duration;
+
+use libp2p::core::upgrade::Version;
+use libp2p::identity::Keypair;
+use libp2p::swarm::NetworkBehaviour;
+use libp2p::swarm::behaviour::toggle::Toggle;
+use libp2p::{
+    Multiaddr, PeerId, StreamProtocol, Swarm, SwarmBuilder, Transport, autonat, connection_limits, dcutr, dns, gossipsub,
+    identify, kad, mdns, memory_connection_limits, noise, ping, relay, request_response, tcp, tls, upnp, websocket, yamux,
+};
+use polder_protocol::wire::GOSSIP_BYTES_MAX;
+
+use super::address::node_of;
+use super::codec::{Codec, PROTOCOL};
+use super::shared::Shared;
+use super::{ControlConfig, ControlError};
+
+/// What a node tells of its program.
+pub(super) const AGENT: &str = concat!("polder/", env!("CARGO_PKG_VERSION"));
+
+/// Connections to one peer: TCP, QUIC and a relayed one in either direction while they race.
+const CONNECTIONS_PER_PEER_MAX: u32 = 4;
+
+/// A connection on which nothing happens and nobody waits. Members ping each other, so only strangers idle.
+const IDLE: Duration = Duration::from_secs(120);
+
+/// The share of the machine's memory above which no further connection is made.
+const MEMORY_SHARE_MAX: f64 = 0.9;
+
+/// Bytes that one relayed connection may carry. The default of 128 KiB would end the transfer of a single part.
+const CIRCUIT_BYTES_MAX: u64 = 4 << 30;
+
+/// How long one relayed connection may last.
+const CIRCUIT_LASTS_MAX: Duration = Duration::from_secs(3600);
+
+/// All protocols of the control plane.
+#[derive(NetworkBehaviour)]
+pub(super) struct Behaviour {
+    pub(super) limits: connection_limits::Behaviour,
+    pub(super) memory: memory_connection_limits::Behaviour,
+    pub(super) identify: identify::Behaviour,
+    pub(super) ping: ping::Behaviour,
+    pub(super) requests: request_response::Behaviour<Codec>,
+    pub(super) gossip: gossipsub::Behaviour,
+    pub(super) kad: kad::Behaviour<kad::store::MemoryStore>,
+    pub(super) mdns: Toggle<mdns::tokio::Behaviour>,
+    pub(super) upnp: Toggle<upnp::tokio::Behaviour>,
+    pub(super) relay_client: relay::client::Behaviour,
+    pub(super) relay_server: Toggle<relay::Behaviour>,
+    pub(super) dcutr: dcutr::Behaviour,
+    pub(super) reachable: autonat::v2::client::Behaviour,
+    pub(super) prober: autonat::v2::server::Behaviour,
+}
+
+/// Builds the swarm on the present tokio runtime. Nothing listens yet.
+pub(super) fn build(
+    keypair: Keypair,
+    config: &ControlConfig,
+    shared: &Arc<Shared>,
+) -> Result<Swarm<Behaviour>, ControlError> {
+    let transport = |error: &dyn std::fmt::Display| ControlError::Transport {
+        reason: error.to_string(),
+    };
+    let builder = SwarmBuilder::with_existing_identity(keypair)
+        .with_tokio()
+        .with_tcp(
+            tcp::Config::default().nodelay(true),
+            (tls::Config::new, noise::Config::new),
+            yamux::Config::default,
+        )
+        .map_err(|error| transport(&error))?
+        .with_quic()
+        .with_other_transport(|key| {
+            let security = noise::Config::new(key)?;
+            let websocket = websocket::Config::new(tcp::tokio::Transport::new(tcp::Config::default().nodelay(true)))
+                .upgrade(Version::V1Lazy)
+                .authenticate(security)
+                .multiplex(yamux::Config::default());
+            Ok::<_, Box<dyn std::error::Error + Send + Sync>>(websocket)
+        })
+        .map_err(|error| transport(&error))?;
+    // A machine without a resolver configuration still reaches numeric addresses. The builder's type differs with the
+    // resolver, hence the macro.
+    macro_rules! finish {
+        ($builder:expr) => {
+            $builder
+                .with_relay_client(noise::Config::new, yamux::Config::default)
+                .map_err(|error| transport(&error))?
+                .with_behaviour(|key, relay_client| behaviour(key, relay_client, config, shared))
+                .map_err(|error| transport(&error))?
+                .with_swarm_config(|swarm| swarm.with_idle_connection_timeout(IDLE))
+                .build()
+        };
+    }
+    let resolver = dns::tokio::Transport::system(tcp::tokio::Transport::default()).is_ok();
+    Ok(if resolver {
+        finish!(builder.with_dns().map_err(|error| transport(&error))?)
+    } else {
+        finish!(builder.with_dns_config(dns::ResolverConfig::default(), dns::ResolverOpts::default()))
+    })
+}
+
+fn behaviour(
+    key: &Keypair,
+    relay_client: relay::client::Behaviour,
+    config: &ControlConfig,
+    shared: &Arc<Shared>,
+) -> Result<Behaviour, Box<dyn std::error::Error + Send + Sync>> {
+    let peer = key.public().to_peer_id();
+    let most = config.connections_max.max(8);
+    let limits = connection_limits::ConnectionLimits::default()
+        .with_max_pending_incoming(Some(most / 8))
+        .with_max_pending_outgoing(Some(most / 8))
+        .with_max_established_incoming(Some(most - most / 8))
+        .with_max_established(Some(most))
+        .with_max_established_per_peer(Some(CONNECTIONS_PER_PEER_MAX));
+    let requests = request_response::Config::default()
+        .with_request_timeout(Duration::from_secs(60))
+        .with_max_concurrent_streams(32);
+    let mdns = match config.mdns {
+        true => Some(mdns::tokio::Behaviour::new(mdns::Config::default(), peer)?),
+        false => None,
+    };
+    Ok(Behaviour {
+        limits: connection_limits::Behaviour::new(limits),
+        memory: memory_connection_limits::Behaviour::with_max_percentage(MEMORY_SHARE_MAX),
+        identify: identify::Behaviour::new(
+            identify::Config::new("/polder/1".into(), key.public()).with_agent_version(AGENT.into()),
+        ),
+        ping: ping::Behaviour::new(ping::Config::new().with_interval(Duration::from_secs(10))),
+        requests: request_response::Behaviour::with_codec(
+            Codec,
+            [(PROTOCOL, request_response::ProtocolSupport::Full)],
+            requests,
+        ),
+        gossip: gossip(key)?,
+        kad: kademlia(peer, config),
+        mdns: mdns.into(),
+        upnp: config.upnp.then(upnp::tokio::Behaviour::default).into(),
+        relay_client,
+        relay_server: config.relay_server.then(|| relay_server(peer, shared)).into(),
+        dcutr: dcutr::Behaviour::new(peer),
+        reachable: autonat::v2::client::Behaviour::default(),
+        prober: autonat::v2::server::Behaviour::default(),
+    })
+}
+
+fn gossip(key: &Keypair) -> Result<gossipsub::Behaviour, Box<dyn std::error::Error + Send + Sync>> {
+    let config = gossipsub::ConfigBuilder::default()
+        .validation_mode(gossipsub::ValidationMode::Strict)
+        .validate_messages()
+        .max_transmit_size(GOSSIP_BYTES_MAX)
+        .build()?;
+    let mut gossip = gossipsub::Behaviour::new(gossipsub::MessageAuthenticity::Signed(key.clone()), config)?;
+    // Many members of one institution, and all nodes of a test, share an address: that alone is no offence.
+    let params = gossipsub::PeerScoreParams {
+        ip_colocation_factor_weight: 0.0,
+        ..Default::default()
+    };
+    gossip.with_peer_score(params, gossipsub::PeerScoreThresholds::default())?;
+    Ok(gossip)
+}
+
+/// A topic's score counts invalid messages only: a quiet peer is not a bad one.
+pub(super) fn topic_score() -> gossipsub::TopicScoreParams {
+    gossipsub::TopicScoreParams {
+        mesh_message_deliveries_weight: 0.0,
+        mesh_failure_penalty_weight: 0.0,
+        ..Default::default()
+    }
+}
+
+fn kademlia(peer: PeerId, config: &ControlConfig) -> kad::Behaviour<kad::store::MemoryStore> {
+    let mut settings = kad::Config::new(StreamProtocol::new("/polder/kad/1"));
+    settings
+        .set_kbucket_inserts(kad::BucketInserts::Manual)
+        // Records are handed to us and dropped: this table finds peers and holds nothing.
+        .set_record_filtering(kad::StoreInserts::FilterBoth)
+        .disjoint_query_paths(true)
+        .set_parallelism(const { NonZeroUsize::new(3).expect("not zero") })
+        .set_query_timeout(Duration::from_secs(10));
+    let mut kad = kad::Behaviour::with_config(peer, kad::store::MemoryStore::new(peer), settings);
+    if config.relay_server || !config.external.is_empty() {
+        kad.set_mode(Some(kad::Mode::Server));
+    }
+    kad
+}
+
+fn relay_server(peer: PeerId, shared: &Arc<Shared>) -> relay::Behaviour {
+    let mut config = relay::Config {
+        max_circuit_bytes: CIRCUIT_BYTES_MAX,
+        max_circuit_duration: CIRCUIT_LASTS_MAX,
+        ..Default::default()
+    };
+    // Members only, beside libp2p's own rates.
+    for limiters in [&mut config.reservation_rate_limiters, &mut config.circuit_src_rate_limiters] {
+        let shared = Arc::clone(shared);
+        limiters.push(Box::new(move |peer: PeerId, _: &Multiaddr, _| {
+            node_of(&peer).is_some_and(|node| shared.is_present(node))
+        }));
+    }
+    relay::Behaviour::new(peer, config)
+}

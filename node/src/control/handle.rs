@@ -1,0 +1,259 @@
+//! What the rest of the node holds of the control plane.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use libp2p::Multiaddr;
+use polder_protocol::hash::NodeId;
+use polder_protocol::wire::{CONTROL_BYTES_MAX, CREDENTIALS_BYTES_MAX, GOSSIP_BYTES_MAX, Service};
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use super::address::multiaddresses;
+use super::shared::{Shared, lock};
+use super::{ControlError, Gossip, Incoming, Path, PeerEvent, PeerRecord, REQUEST_DEADLINE};
+use crate::gate::AddressBook;
+
+/// Requests of one service that may wait for it; more are answered with "busy".
+const INCOMING_MAX: usize = 128;
+
+/// Gossip of one topic that may wait for a subscriber; more is dropped, since announcements repeat.
+const GOSSIP_MAX: usize = 512;
+
+/// Room for version, service and length around a body.
+const ENVELOPE_BYTES: usize = 64;
+
+/// What the handle asks of the driver.
+#[derive(Debug)]
+pub(super) enum Command {
+    Request {
+        to: NodeId,
+        addresses: Vec<Multiaddr>,
+        service: Service,
+        body: Vec<u8>,
+        answer: oneshot::Sender<Result<Vec<u8>, ControlError>>,
+    },
+    Meet {
+        to: NodeId,
+        addresses: Vec<Multiaddr>,
+        answer: oneshot::Sender<Result<Vec<u8>, ControlError>>,
+    },
+    Publish {
+        topic: String,
+        bytes: Vec<u8>,
+        answer: oneshot::Sender<Result<(), ControlError>>,
+    },
+    Subscribe {
+        topic: String,
+    },
+    Reintroduce,
+    Shutdown {
+        done: oneshot::Sender<()>,
+    },
+}
+
+/// The control plane, for the rest of the node. Clones are cheap and all mean the same swarm.
+#[derive(Debug, Clone)]
+pub struct ControlHandle {
+    pub(super) shared: Arc<Shared>,
+    pub(super) commands: mpsc::Sender<Command>,
+}
+
+impl ControlHandle {
+    /// This node.
+    pub fn node(&self) -> NodeId {
+        self.shared.node
+    }
+
+    /// Where this node answers, as multiaddresses without the node's id.
+    pub fn listen_addresses(&self) -> Vec<String> {
+        lock(&self.shared.listen_addresses).clone()
+    }
+
+    /// Asks a member, dialling and greeting it first where needed.
+    ///
+    /// # Errors
+    ///
+    /// [`ControlError`]: unreachable, refused on either side, not offered, busy, or no answer within
+    /// [`REQUEST_DEADLINE`].
+    pub async fn request(&self, to: NodeId, service: Service, body: Vec<u8>) -> Result<Vec<u8>, ControlError> {
+        self.request_within(to, service, body, REQUEST_DEADLINE).await
+    }
+
+    /// As [`Self::request`], with another deadline.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::request`].
+    pub async fn request_within(
+        &self,
+        to: NodeId,
+        service: Service,
+        body: Vec<u8>,
+        deadline: Duration,
+    ) -> Result<Vec<u8>, ControlError> {
+        self.ask(to, Vec::new(), service, body, deadline).await
+    }
+
+    /// As [`Self::request`], at addresses that the caller knows. The only way to [`Service::Enrol`], which needs no
+    /// membership.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::request`], and [`ControlError::Address`].
+    pub async fn request_at(
+        &self,
+        to: NodeId,
+        addresses: &[String],
+        service: Service,
+        body: Vec<u8>,
+    ) -> Result<Vec<u8>, ControlError> {
+        self.ask(to, multiaddresses(addresses)?, service, body, REQUEST_DEADLINE).await
+    }
+
+    /// Connects to a peer and exchanges credentials with it.
+    ///
+    /// # Errors
+    ///
+    /// [`ControlError::RefusedBy`] with the peer's reason, [`ControlError::Refused`] with ours, or why it cannot be
+    /// reached.
+    pub async fn dial(&self, to: NodeId, addresses: &[String]) -> Result<PeerRecord, ControlError> {
+        let addresses = multiaddresses(addresses)?;
+        let (answer, answered) = oneshot::channel();
+        let command = Command::Meet { to, addresses, answer };
+        self.wait(to, Service::Hello, REQUEST_DEADLINE, command, answered).await?;
+        let record = lock(&self.shared.peers).get(&to).cloned();
+        record.ok_or_else(|| ControlError::Unreachable {
+            node: to,
+            reason: "it left at once".into(),
+        })
+    }
+
+    /// Answers a service from now on. A later registration replaces an earlier one.
+    pub fn register(&self, service: Service) -> mpsc::Receiver<Incoming> {
+        let (sender, receiver) = mpsc::channel(INCOMING_MAX);
+        lock(&self.shared.services).insert(service, sender);
+        receiver
+    }
+
+    /// Sends `bytes` to all members that subscribe to `topic`.
+    ///
+    /// # Errors
+    ///
+    /// [`ControlError::NobodyListens`] while no connected peer subscribes, [`ControlError::TooLong`] above about
+    /// 16 KiB, since a message also carries this node's credentials.
+    pub async fn publish(&self, topic: &str, bytes: Vec<u8>) -> Result<(), ControlError> {
+        within(bytes.len(), GOSSIP_BYTES_MAX - CREDENTIALS_BYTES_MAX - ENVELOPE_BYTES)?;
+        let (answer, answered) = oneshot::channel();
+        let topic = topic.to_owned();
+        self.send(Command::Publish { topic, bytes, answer }).await?;
+        answered.await.map_err(|_| ControlError::Stopped)?
+    }
+
+    /// Hears what certified members publish under `topic`. What a slow reader does not take in time is dropped.
+    pub fn subscribe(&self, topic: &str) -> mpsc::Receiver<Gossip> {
+        let (sender, receiver) = mpsc::channel(GOSSIP_MAX);
+        let topic = topic.to_owned();
+        let mut topics = lock(&self.shared.topics);
+        let readers = topics.entry(topic.clone()).or_default();
+        readers.retain(|reader| !reader.is_closed());
+        readers.push(sender);
+        drop(topics);
+        // Where the queue is full, the driver's next tick subscribes to every topic that has readers.
+        let _ = self.commands.try_send(Command::Subscribe { topic });
+        receiver
+    }
+
+    /// Members that this node has met, in the order of their ids.
+    pub fn peers(&self) -> Vec<PeerRecord> {
+        lock(&self.shared.peers).values().cloned().collect()
+    }
+
+    /// Members that are connected now.
+    pub fn present(&self) -> Vec<PeerRecord> {
+        let peers = lock(&self.shared.peers);
+        peers.values().filter(|peer| peer.path != Path::Lost).cloned().collect()
+    }
+
+    /// Tells of members that come and go. A listener that lags misses events and is told so; [`Self::peers`] is whole.
+    pub fn events(&self) -> broadcast::Receiver<PeerEvent> {
+        self.shared.events.subscribe()
+    }
+
+    /// Says where the data plane answers, to those already met too.
+    pub async fn set_data_addresses(&self, addresses: Vec<SocketAddr>) {
+        *lock(&self.shared.data_addresses) = addresses;
+        self.reintroduce().await;
+    }
+
+    /// Greets all members again, after this node's credentials or addresses have changed.
+    pub async fn reintroduce(&self) {
+        // A stopped control plane has nobody to greet.
+        let _ = self.send(Command::Reintroduce).await;
+    }
+
+    /// Says goodbye to all members and stops.
+    pub async fn shutdown(self) {
+        let (done, finished) = oneshot::channel();
+        if self.send(Command::Shutdown { done }).await.is_ok() {
+            let _ = finished.await;
+        }
+    }
+
+    async fn ask(
+        &self,
+        to: NodeId,
+        addresses: Vec<Multiaddr>,
+        service: Service,
+        body: Vec<u8>,
+        deadline: Duration,
+    ) -> Result<Vec<u8>, ControlError> {
+        within(body.len(), CONTROL_BYTES_MAX - ENVELOPE_BYTES)?;
+        let (answer, answered) = oneshot::channel();
+        let command = Command::Request {
+            to,
+            addresses,
+            service,
+            body,
+            answer,
+        };
+        self.wait(to, service, deadline, command, answered).await
+    }
+
+    async fn wait(
+        &self,
+        node: NodeId,
+        service: Service,
+        after: Duration,
+        command: Command,
+        answered: oneshot::Receiver<Result<Vec<u8>, ControlError>>,
+    ) -> Result<Vec<u8>, ControlError> {
+        let answer = async {
+            self.send(command).await?;
+            answered.await.map_err(|_| ControlError::Stopped)?
+        };
+        let late = ControlError::Deadline { node, service, after };
+        tokio::time::timeout(after, answer).await.unwrap_or(Err(late))
+    }
+
+    async fn send(&self, command: Command) -> Result<(), ControlError> {
+        self.commands.send(command).await.map_err(|_| ControlError::Stopped)
+    }
+}
+
+impl AddressBook for ControlHandle {
+    fn data_addresses(&self, peer: NodeId) -> Vec<SocketAddr> {
+        lock(&self.shared.peers)
+            .get(&peer)
+            .map(|record| record.data_addresses.clone())
+            .unwrap_or_default()
+    }
+}
+
+fn within(len_bytes: usize, limit_bytes: usize) -> Result<(), ControlError> {
+    if len_bytes <= limit_bytes {
+        Ok(())
+    } else {
+        Err(ControlError::TooLong { len_bytes, limit_bytes })
+    }
+}
