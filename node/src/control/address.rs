@@ -33,17 +33,22 @@ pub(super) fn peer_of(node: NodeId) -> Option<PeerId> {
 /// Reads addresses that a person or this program wrote.
 pub(super) fn multiaddresses(texts: &[String]) -> Result<Vec<Multiaddr>, ControlError> {
     let parse = |text: &String| {
-        text.parse().map_err(|error: libp2p::multiaddr::Error| ControlError::Address {
-            address: text.clone(),
-            reason: error.to_string(),
-        })
+        text.parse()
+            .map_err(|error: libp2p::multiaddr::Error| ControlError::Address {
+                address: text.clone(),
+                reason: error.to_string(),
+            })
     };
     texts.iter().map(parse).collect()
 }
 
 /// Reads addresses that a peer wrote, leaving out what is none.
 pub(super) fn readable(texts: &[String]) -> Vec<Multiaddr> {
-    texts.iter().filter_map(|text| text.parse().ok()).take(ADDRESSES_MAX).collect()
+    texts
+        .iter()
+        .filter_map(|text| text.parse().ok())
+        .take(ADDRESSES_MAX)
+        .collect()
 }
 
 /// Whether an address goes through a relay.
@@ -71,10 +76,18 @@ pub(super) fn data_addresses(told: &[SocketAddr], seen: Option<IpAddr>) -> Vec<S
         Some(ip) => Some(SocketAddr::new(ip, address.port())),
         None => None,
     };
-    let mut addresses: Vec<_> = told.iter().filter_map(complete).filter(|address| address.port() != 0).collect();
+    let mut addresses: Vec<_> = told
+        .iter()
+        .filter_map(complete)
+        .filter(|address| address.port() != 0)
+        .collect();
     addresses.sort_by_key(|address| Some(address.ip()) != seen);
     if let Some(ip) = seen {
-        addresses.extend(told.iter().map(|address| SocketAddr::new(ip, address.port())).filter(|address| address.port() != 0));
+        addresses.extend(
+            told.iter()
+                .map(|address| SocketAddr::new(ip, address.port()))
+                .filter(|address| address.port() != 0),
+        );
     }
     let mut unique = Vec::with_capacity(addresses.len());
     for address in addresses {
@@ -106,9 +119,13 @@ pub(super) fn probe_port(address: &Multiaddr) -> Result<(), ControlError> {
 /// Says why an address cannot be listened on, and what to try.
 pub(super) fn listen_error(address: &Multiaddr, error: &std::io::Error) -> ControlError {
     let hint = match error.kind() {
-        std::io::ErrorKind::AddrInUse => "another program, perhaps another node, has this port; stop it or choose another port",
+        std::io::ErrorKind::AddrInUse => {
+            "another program, perhaps another node, has this port; stop it or choose another port"
+        }
         std::io::ErrorKind::PermissionDenied => "ports below 1024 need a privilege; choose a higher one",
-        std::io::ErrorKind::AddrNotAvailable => "this machine has no such address; listen on 0.0.0.0 or on one that it has",
+        std::io::ErrorKind::AddrNotAvailable => {
+            "this machine has no such address; listen on 0.0.0.0 or on one that it has"
+        }
         _ => "check the address; `/ip4/0.0.0.0/tcp/4001` listens on every interface",
     };
     ControlError::Listen {
@@ -131,7 +148,10 @@ mod tests {
 
     #[test]
     fn an_unspecified_data_address_is_completed_with_the_one_seen() {
-        let told = [SocketAddr::from(([0, 0, 0, 0], 4002)), SocketAddr::from(([10, 0, 0, 7], 4002))];
+        let told = [
+            SocketAddr::from(([0, 0, 0, 0], 4002)),
+            SocketAddr::from(([10, 0, 0, 7], 4002)),
+        ];
         let seen = IpAddr::from([192, 0, 2, 1]);
         let expected = [SocketAddr::new(seen, 4002), SocketAddr::from(([10, 0, 0, 7], 4002))];
         assert_eq!(data_addresses(&told, Some(seen)), expected);
@@ -141,7 +161,10 @@ mod tests {
     fn a_private_data_address_is_followed_by_the_one_seen() {
         let told = [SocketAddr::from(([10, 0, 0, 7], 4002))];
         let seen = IpAddr::from([192, 0, 2, 1]);
-        assert_eq!(data_addresses(&told, Some(seen)), [told[0], SocketAddr::new(seen, 4002)]);
+        assert_eq!(
+            data_addresses(&told, Some(seen)),
+            [told[0], SocketAddr::new(seen, 4002)]
+        );
     }
 
     #[test]

@@ -9,8 +9,9 @@ use libp2p::identity::Keypair;
 use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::{
-    Multiaddr, PeerId, StreamProtocol, Swarm, SwarmBuilder, Transport, autonat, connection_limits, dcutr, dns, gossipsub,
-    identify, kad, mdns, memory_connection_limits, noise, ping, relay, request_response, tcp, tls, upnp, websocket, yamux,
+    Multiaddr, PeerId, StreamProtocol, Swarm, SwarmBuilder, Transport, autonat, connection_limits, dcutr, dns,
+    gossipsub, identify, kad, mdns, memory_connection_limits, noise, ping, relay, request_response, tcp, tls, upnp,
+    websocket, yamux,
 };
 use polder_protocol::wire::GOSSIP_BYTES_MAX;
 
@@ -197,7 +198,10 @@ fn relay_server(peer: PeerId, shared: &Arc<Shared>) -> relay::Behaviour {
         ..Default::default()
     };
     // Members only, beside libp2p's own rates.
-    for limiters in [&mut config.reservation_rate_limiters, &mut config.circuit_src_rate_limiters] {
+    for limiters in [
+        &mut config.reservation_rate_limiters,
+        &mut config.circuit_src_rate_limiters,
+    ] {
         let shared = Arc::clone(shared);
         limiters.push(Box::new(move |peer: PeerId, _: &Multiaddr, _| {
             node_of(&peer).is_some_and(|node| shared.is_present(node))

@@ -52,6 +52,9 @@ const DIALS_PER_TICK: usize = 8;
 /// Requests of peers whose greeting is on its way to us. A listener may ask as soon as it has greeted.
 const EARLY_MAX: usize = 256;
 
+/// Requests that services are working on; more are answered with "busy".
+const REPLIES_MAX: usize = 4096;
+
 /// What goodbyes may take when the node stops.
 const GOODBYE_TIME_MAX: Duration = Duration::from_millis(700);
 
@@ -119,7 +122,11 @@ async fn listen(swarm: &mut Swarm<Behaviour>, config: &ControlConfig, shared: &S
                         return Err(listen_error(address, &error));
                     }
                 }
-                SwarmEvent::ListenerClosed { listener_id, reason: Err(error), .. } => {
+                SwarmEvent::ListenerClosed {
+                    listener_id,
+                    reason: Err(error),
+                    ..
+                } => {
                     if let Some(address) = coming.get(&listener_id) {
                         return Err(listen_error(address, &error));
                     }
@@ -184,16 +191,35 @@ impl Driver {
 
     fn on_command(&mut self, command: Command) {
         match command {
-            Command::Request { to, addresses, service, body, answer } => {
+            Command::Request {
+                to,
+                addresses,
+                service,
+                body,
+                answer,
+            } => {
                 let request = Request { service, body };
                 if service.before_membership() {
-                    let Some(peer) = peer_of(to) else { return refuse_id(to, answer) };
-                    let id = self.swarm.behaviour_mut().requests.send_request_with_addresses(&peer, request, addresses);
+                    let Some(peer) = peer_of(to) else {
+                        return refuse_id(to, answer);
+                    };
+                    let id = self
+                        .swarm
+                        .behaviour_mut()
+                        .requests
+                        .send_request_with_addresses(&peer, request, addresses);
                     self.asked.insert(id, (to, Asked::Request { service, answer }));
                 } else if self.meetings.member(to).is_some() {
                     self.send(to, request, Asked::Request { service, answer });
                 } else {
-                    self.meet(to, addresses, Waiting { request: Some(request), answer });
+                    self.meet(
+                        to,
+                        addresses,
+                        Waiting {
+                            request: Some(request),
+                            answer,
+                        },
+                    );
                 }
             }
             Command::Meet { to, addresses, answer } => {
@@ -282,9 +308,14 @@ impl Driver {
         if hello.credentials.is_empty() {
             return self.fail_waiting(node, || unreachable(node, "this node has no certificate to show"));
         }
-        let Some(meeting) = self.meetings.present.get_mut(&node) else { return };
+        let Some(meeting) = self.meetings.present.get_mut(&node) else {
+            return;
+        };
         meeting.greeting = true;
-        let request = Request { service: Service::Hello, body: wire::encode(&hello) };
+        let request = Request {
+            service: Service::Hello,
+            body: wire::encode(&hello),
+        };
         self.send(node, request, Asked::Greeting);
     }
 
@@ -305,12 +336,22 @@ impl Driver {
     }
 
     fn publish(&mut self, topic: String, bytes: Vec<u8>) -> Result<(), ControlError> {
-        let envelope = Envelope { credentials: self.gate.credentials(), body: bytes };
-        let published = self.swarm.behaviour_mut().gossip.publish(IdentTopic::new(&topic), wire::encode(&envelope));
+        let envelope = Envelope {
+            credentials: self.gate.credentials(),
+            body: bytes,
+        };
+        let published = self
+            .swarm
+            .behaviour_mut()
+            .gossip
+            .publish(IdentTopic::new(&topic), wire::encode(&envelope));
         match published {
             Ok(_) | Err(gossipsub::PublishError::Duplicate) => Ok(()),
             Err(gossipsub::PublishError::NoPeersSubscribedToTopic) => Err(ControlError::NobodyListens { topic }),
-            Err(error) => Err(ControlError::Gossip { topic, reason: error.to_string() }),
+            Err(error) => Err(ControlError::Gossip {
+                topic,
+                reason: error.to_string(),
+            }),
         }
     }
 
@@ -332,16 +373,30 @@ impl Driver {
         let now = Instant::now();
         match event {
             SwarmEvent::Behaviour(event) => self.on_behaviour(event, now),
-            SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } => {
+            SwarmEvent::ConnectionEstablished {
+                peer_id,
+                connection_id,
+                endpoint,
+                ..
+            } => {
                 let remote = endpoint.get_remote_address();
                 let seen = if is_relayed(remote) { None } else { ip_of(remote) };
                 self.on_connected(peer_id, connection_id, seen, endpoint.is_dialer(), now);
             }
-            SwarmEvent::ConnectionClosed { peer_id, connection_id, cause, .. } => {
+            SwarmEvent::ConnectionClosed {
+                peer_id,
+                connection_id,
+                cause,
+                ..
+            } => {
                 let reason = cause.map_or_else(|| "the connection was closed".into(), |cause| cause.to_string());
                 self.on_disconnected(peer_id, connection_id, &reason);
             }
-            SwarmEvent::OutgoingConnectionError { peer_id: Some(peer), error, .. } => {
+            SwarmEvent::OutgoingConnectionError {
+                peer_id: Some(peer),
+                error,
+                ..
+            } => {
                 if let Some(node) = node_of(&peer)
                     && !self.meetings.present.contains_key(&node)
                     && !matches!(error, DialError::DialPeerConditionFalse(_))
@@ -383,7 +438,9 @@ impl Driver {
         if let Some(stranger) = self.meetings.connected(node, connection, seen, now) {
             self.disconnect(stranger);
         }
-        let Some(meeting) = self.meetings.present.get(&node) else { return };
+        let Some(meeting) = self.meetings.present.get(&node) else {
+            return;
+        };
         if meeting.member.is_none() && !meeting.greeting && (dialed || self.meetings.is_awaited(node)) {
             // A newcomer dials without anything to show, and is not turned away for it.
             if !self.gate.credentials().is_empty() {
@@ -397,7 +454,11 @@ impl Driver {
     fn on_disconnected(&mut self, peer: PeerId, connection: ConnectionId, reason: &str) {
         let Some(node) = node_of(&peer) else { return };
         let Some(meeting) = self.meetings.disconnected(node, connection) else {
-            let relayed = self.meetings.present.get(&node).is_some_and(|meeting| meeting.connections.values().all(|relayed| *relayed));
+            let relayed = self
+                .meetings
+                .present
+                .get(&node)
+                .is_some_and(|meeting| meeting.connections.values().all(|relayed| *relayed));
             if relayed {
                 self.shared.change(node, |record| record.path = Path::Relayed);
             }
@@ -410,14 +471,21 @@ impl Driver {
         }
         if meeting.member.is_some() && self.shared.is_present(node) {
             self.shared.change(node, |record| record.path = Path::Lost);
-            self.shared.tell(PeerEvent::Left { node, reason: reason.to_owned() });
+            self.shared.tell(PeerEvent::Left {
+                node,
+                reason: reason.to_owned(),
+            });
         }
     }
 
     fn on_behaviour(&mut self, event: BehaviourEvent, now: Instant) {
         match event {
             BehaviourEvent::Requests(event) => self.on_request_event(event, now),
-            BehaviourEvent::Gossip(gossipsub::Event::Message { propagation_source, message_id, message }) => {
+            BehaviourEvent::Gossip(gossipsub::Event::Message {
+                propagation_source,
+                message_id,
+                message,
+            }) => {
                 let passed_on_by_member =
                     node_of(&propagation_source).is_some_and(|node| self.meetings.member(node).is_some());
                 let (acceptance, gossip) = if passed_on_by_member {
@@ -431,11 +499,18 @@ impl Driver {
                     let mut topics = lock(&self.shared.topics);
                     if let Some(readers) = topics.get_mut(message.topic.as_str()) {
                         // A reader that is behind misses announcements, which repeat.
-                        readers.retain(|reader| !matches!(reader.try_send(gossip.clone()), Err(mpsc::error::TrySendError::Closed(_))));
+                        readers.retain(|reader| {
+                            !matches!(
+                                reader.try_send(gossip.clone()),
+                                Err(mpsc::error::TrySendError::Closed(_))
+                            )
+                        });
                     }
                 }
             }
-            BehaviourEvent::Ping(ping::Event { peer, result: Ok(rtt), .. }) => {
+            BehaviourEvent::Ping(ping::Event {
+                peer, result: Ok(rtt), ..
+            }) => {
                 if let Some(node) = node_of(&peer) {
                     self.shared.change(node, |record| {
                         record.rtt = Some(rtt);
@@ -463,7 +538,10 @@ impl Driver {
             return;
         }
         let relays = |record: &PeerRecord| Capabilities(record.capabilities).has(Capabilities::RELAY);
-        let record = lock(&self.shared.peers).values().find(|record| relays(record) && record.path == Path::Direct).cloned();
+        let record = lock(&self.shared.peers)
+            .values()
+            .find(|record| relays(record) && record.path == Path::Direct)
+            .cloned();
         let Some(record) = record else { return };
         let Some(peer) = peer_of(record.node) else { return };
         for address in readable(&record.control_addresses) {
@@ -483,10 +561,14 @@ impl Driver {
                         self.on_request(node, request, channel, now);
                     }
                 }
-                request_response::Message::Response { request_id, response } => self.on_reply(request_id, response, now),
+                request_response::Message::Response { request_id, response } => {
+                    self.on_reply(request_id, response, now)
+                }
             },
             request_response::Event::OutboundFailure { request_id, error, .. } => {
-                let Some((node, asked)) = self.asked.remove(&request_id) else { return };
+                let Some((node, asked)) = self.asked.remove(&request_id) else {
+                    return;
+                };
                 match asked {
                     Asked::Greeting => {
                         self.meetings.failed(node, now);
@@ -521,7 +603,11 @@ impl Driver {
             Service::Enrol => self.dispatch(node, request, channel),
             _ if self.meetings.member(node).is_some() => self.dispatch(node, request, channel),
             _ => {
-                let coming = self.meetings.present.get(&node).is_some_and(|meeting| meeting.greeting && meeting.closes.is_none());
+                let coming = self
+                    .meetings
+                    .present
+                    .get(&node)
+                    .is_some_and(|meeting| meeting.greeting && meeting.closes.is_none());
                 if coming && self.early.len() < EARLY_MAX {
                     self.early.push_back((node, request, channel));
                 } else {
@@ -534,9 +620,17 @@ impl Driver {
 
     /// Hands a request to its service; the answer comes back through `replies`.
     fn dispatch(&mut self, node: NodeId, request: Request, channel: ResponseChannel<Reply>) {
+        if self.replies.len() >= REPLIES_MAX {
+            return self.reply(channel, Reply::Refused(Refusal::Busy));
+        }
         let admitted = self.meetings.member(node).map(|member| member.admitted.clone());
         let (reply, answer) = oneshot::channel();
-        let incoming = Incoming { from: node, admitted, body: request.body, reply };
+        let incoming = Incoming {
+            from: node,
+            admitted,
+            body: request.body,
+            reply,
+        };
         let handed = match lock(&self.shared.services).get(&request.service) {
             None => Err(Refusal::NoSuchService),
             Some(service) => match service.try_send(incoming) {
@@ -554,11 +648,18 @@ impl Driver {
     fn on_hello(&mut self, node: NodeId, body: &[u8], now: Instant) -> Reply {
         let hello: Hello = match wire::decode(body) {
             Ok(hello) => hello,
-            Err(error) => return Reply::Refused(Refusal::Malformed { reason: error.to_string() }),
+            Err(error) => {
+                return Reply::Refused(Refusal::Malformed {
+                    reason: error.to_string(),
+                });
+            }
         };
         match self.accept(node, &hello, now) {
             Ok(()) => {
-                let greeting = Greeting { hello: self.own_hello(), peers: self.hints(node) };
+                let greeting = Greeting {
+                    hello: self.own_hello(),
+                    peers: self.hints(node),
+                };
                 Reply::Done(wire::encode(&greeting))
             }
             Err(reason) => {
@@ -571,11 +672,16 @@ impl Driver {
     /// Asks the gate about a peer, and keeps what it told of itself.
     fn accept(&mut self, node: NodeId, hello: &Hello, now: Instant) -> Result<(), String> {
         let admitted = self.gate.admit(node, &hello.credentials).map_err(|refused| {
-            self.shared.tell(PeerEvent::Refused { node, reason: refused.reason.clone() });
+            self.shared.tell(PeerEvent::Refused {
+                node,
+                reason: refused.reason.clone(),
+            });
             tracing::info!(%node, reason = refused.reason, "peer refused");
             refused.reason
         })?;
-        let Some(meeting) = self.meetings.present.get_mut(&node) else { return Ok(()) };
+        let Some(meeting) = self.meetings.present.get_mut(&node) else {
+            return Ok(());
+        };
         let relayed = meeting.connections.values().all(|relayed| *relayed);
         let record = PeerRecord {
             node,
@@ -588,7 +694,11 @@ impl Driver {
             path: if relayed { Path::Relayed } else { Path::Direct },
             last_seen: unix_now(),
         };
-        meeting.member = Some(Member { admitted, credentials: hello.credentials.clone(), greeted: now });
+        meeting.member = Some(Member {
+            admitted,
+            credentials: hello.credentials.clone(),
+            greeted: now,
+        });
         meeting.closes = None;
         self.shared.keep(record);
         self.meetings.succeeded(node);
@@ -604,15 +714,22 @@ impl Driver {
 
     fn hints(&self, newcomer: NodeId) -> Vec<PeerHint> {
         let peers = lock(&self.shared.peers);
-        let others = peers.values().filter(|record| record.node != newcomer && record.path != Path::Lost);
+        let others = peers
+            .values()
+            .filter(|record| record.node != newcomer && record.path != Path::Lost);
         others
             .take(HINTS_MAX)
-            .map(|record| PeerHint { node: record.node, control_addresses: record.control_addresses.clone() })
+            .map(|record| PeerHint {
+                node: record.node,
+                control_addresses: record.control_addresses.clone(),
+            })
             .collect()
     }
 
     fn on_reply(&mut self, id: OutboundRequestId, reply: Reply, now: Instant) {
-        let Some((node, asked)) = self.asked.remove(&id) else { return };
+        let Some((node, asked)) = self.asked.remove(&id) else {
+            return;
+        };
         match asked {
             Asked::Greeting => {
                 if let Some(meeting) = self.meetings.present.get_mut(&node) {
@@ -629,7 +746,9 @@ impl Driver {
                     Reply::Refused(Refusal::NotAdmitted { reason }) => Err(ControlError::RefusedBy { node, reason }),
                     Reply::Refused(Refusal::NoSuchService) => Err(ControlError::NoSuchService { node, service }),
                     Reply::Refused(Refusal::Busy) => Err(ControlError::Busy { node, service }),
-                    Reply::Refused(Refusal::Malformed { reason }) => Err(ControlError::Malformed { node, service, reason }),
+                    Reply::Refused(Refusal::Malformed { reason }) => {
+                        Err(ControlError::Malformed { node, service, reason })
+                    }
                 });
             }
         }
@@ -647,8 +766,14 @@ impl Driver {
             },
             Reply::Refused(Refusal::NotAdmitted { reason }) => {
                 tracing::warn!(%node, reason, "a peer refuses this node");
-                self.shared.tell(PeerEvent::RefusedBy { node, reason: reason.clone() });
-                self.fail_waiting(node, || ControlError::RefusedBy { node, reason: reason.clone() });
+                self.shared.tell(PeerEvent::RefusedBy {
+                    node,
+                    reason: reason.clone(),
+                });
+                self.fail_waiting(node, || ControlError::RefusedBy {
+                    node,
+                    reason: reason.clone(),
+                });
                 return self.turn_away(node, now);
             }
             Reply::Refused(_) => {
@@ -657,9 +782,22 @@ impl Driver {
             }
         };
         if let Err(reason) = self.accept(node, &greeting.hello, now) {
-            let farewell = Farewell { reason: reason.clone(), refused: true };
-            self.send(node, Request { service: Service::Goodbye, body: wire::encode(&farewell) }, Asked::Farewell);
-            self.fail_waiting(node, || ControlError::Refused { node, reason: reason.clone() });
+            let farewell = Farewell {
+                reason: reason.clone(),
+                refused: true,
+            };
+            self.send(
+                node,
+                Request {
+                    service: Service::Goodbye,
+                    body: wire::encode(&farewell),
+                },
+                Asked::Farewell,
+            );
+            self.fail_waiting(node, || ControlError::Refused {
+                node,
+                reason: reason.clone(),
+            });
             return self.turn_away(node, now);
         }
         for hint in greeting.peers {
@@ -670,10 +808,18 @@ impl Driver {
     }
 
     fn on_goodbye(&mut self, node: NodeId, body: &[u8], now: Instant) {
-        let Ok(farewell) = wire::decode::<Farewell>(body) else { return };
+        let Ok(farewell) = wire::decode::<Farewell>(body) else {
+            return;
+        };
         if farewell.refused {
-            self.shared.tell(PeerEvent::RefusedBy { node, reason: farewell.reason.clone() });
-            self.fail_waiting(node, || ControlError::RefusedBy { node, reason: farewell.reason.clone() });
+            self.shared.tell(PeerEvent::RefusedBy {
+                node,
+                reason: farewell.reason.clone(),
+            });
+            self.fail_waiting(node, || ControlError::RefusedBy {
+                node,
+                reason: farewell.reason.clone(),
+            });
         }
         self.shared.forget(node, farewell.reason);
         if let Some(meeting) = self.meetings.present.get_mut(&node) {
@@ -696,7 +842,9 @@ impl Driver {
     /// A new member gets what waited for it, and what it asked early is answered.
     fn flush(&mut self, node: NodeId) {
         let member = self.meetings.member(node).is_some();
-        let (early, rest): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut self.early).into_iter().partition(|(from, ..)| *from == node);
+        let (early, rest): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut self.early)
+            .into_iter()
+            .partition(|(from, ..)| *from == node);
         self.early = rest;
         for (_, request, channel) in early {
             if member {
@@ -713,7 +861,14 @@ impl Driver {
             match waiting.request {
                 Some(request) => {
                     let service = request.service;
-                    self.send(node, request, Asked::Request { service, answer: waiting.answer });
+                    self.send(
+                        node,
+                        request,
+                        Asked::Request {
+                            service,
+                            answer: waiting.answer,
+                        },
+                    );
                 }
                 // The asker may have given up.
                 None => drop(waiting.answer.send(Ok(Vec::new()))),
@@ -763,13 +918,28 @@ impl Driver {
 
     /// Asks the gate about every member again: certificates expire and are revoked.
     fn recheck(&mut self, now: Instant) {
-        let members = self.meetings.present.iter().filter_map(|(node, meeting)| Some((*node, meeting.member.as_ref()?)));
+        let members = self
+            .meetings
+            .present
+            .iter()
+            .filter_map(|(node, meeting)| Some((*node, meeting.member.as_ref()?)));
         let due = members.filter(|(_, member)| now.saturating_duration_since(member.greeted) >= RECHECK);
-        let refused = due.filter_map(|(node, member)| Some((node, self.gate.admit(node, &member.credentials).err()?.reason)));
+        let refused =
+            due.filter_map(|(node, member)| Some((node, self.gate.admit(node, &member.credentials).err()?.reason)));
         let refused: Vec<(NodeId, String)> = refused.collect();
         for (node, reason) in refused {
-            let farewell = Farewell { reason: reason.clone(), refused: true };
-            self.send(node, Request { service: Service::Goodbye, body: wire::encode(&farewell) }, Asked::Farewell);
+            let farewell = Farewell {
+                reason: reason.clone(),
+                refused: true,
+            };
+            self.send(
+                node,
+                Request {
+                    service: Service::Goodbye,
+                    body: wire::encode(&farewell),
+                },
+                Asked::Farewell,
+            );
             self.shared.forget(node, reason);
             if let Some(meeting) = self.meetings.present.get_mut(&node) {
                 meeting.member = None;
@@ -779,11 +949,17 @@ impl Driver {
     }
 
     async fn say_goodbye(&mut self) {
-        let farewell = wire::encode(&Farewell { reason: "it has left".into(), refused: false });
+        let farewell = wire::encode(&Farewell {
+            reason: "it has left".into(),
+            refused: false,
+        });
         let members: Vec<NodeId> = self.meetings.present.keys().copied().collect();
         for node in members {
             if self.meetings.member(node).is_some() {
-                let request = Request { service: Service::Goodbye, body: farewell.clone() };
+                let request = Request {
+                    service: Service::Goodbye,
+                    body: farewell.clone(),
+                };
                 self.send(node, request, Asked::Farewell);
             }
         }
@@ -799,7 +975,10 @@ impl Driver {
 }
 
 fn unreachable(node: NodeId, reason: &str) -> ControlError {
-    ControlError::Unreachable { node, reason: reason.to_owned() }
+    ControlError::Unreachable {
+        node,
+        reason: reason.to_owned(),
+    }
 }
 
 fn refuse_id(node: NodeId, answer: Answer) {

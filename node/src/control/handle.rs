@@ -108,7 +108,8 @@ impl ControlHandle {
         service: Service,
         body: Vec<u8>,
     ) -> Result<Vec<u8>, ControlError> {
-        self.ask(to, multiaddresses(addresses)?, service, body, REQUEST_DEADLINE).await
+        self.ask(to, multiaddresses(addresses)?, service, body, REQUEST_DEADLINE)
+            .await
     }
 
     /// Connects to a peer and exchanges credentials with it.
@@ -121,7 +122,8 @@ impl ControlHandle {
         let addresses = multiaddresses(addresses)?;
         let (answer, answered) = oneshot::channel();
         let command = Command::Meet { to, addresses, answer };
-        self.wait(to, Service::Hello, REQUEST_DEADLINE, command, answered).await?;
+        self.wait(to, Service::Hello, REQUEST_DEADLINE, command, answered)
+            .await?;
         let record = lock(&self.shared.peers).get(&to).cloned();
         record.ok_or_else(|| ControlError::Unreachable {
             node: to,

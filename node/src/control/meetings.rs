@@ -108,7 +108,9 @@ impl Meetings {
         if strangers().count() <= STRANGERS_MAX {
             return None;
         }
-        strangers().min_by_key(|(_, meeting)| meeting.since).map(|(node, _)| *node)
+        strangers()
+            .min_by_key(|(_, meeting)| meeting.since)
+            .map(|(node, _)| *node)
     }
 
     /// Notes a closed connection; returns the meeting when it was the last.
@@ -192,7 +194,9 @@ impl Meetings {
 
     /// Notes a dial or a greeting that failed, and pauses.
     pub(super) fn failed(&mut self, node: NodeId, now: Instant) {
-        let Some(known) = self.acquaintances.get_mut(&node) else { return };
+        let Some(known) = self.acquaintances.get_mut(&node) else {
+            return;
+        };
         let pause = PAUSE_FIRST.saturating_mul(1 << known.failures.min(8));
         known.failures = known.failures.saturating_add(1);
         known.not_before = Some(now + pause.min(PAUSE_MAX));
@@ -238,7 +242,12 @@ mod tests {
         let now = Instant::now();
         for number in 0..=u8::try_from(STRANGERS_MAX).expect("small") {
             let connection = ConnectionId::new_unchecked(usize::from(number));
-            let goes = meetings.connected(NodeId([number; 32]), connection, None, now + Duration::from_secs(number.into()));
+            let goes = meetings.connected(
+                NodeId([number; 32]),
+                connection,
+                None,
+                now + Duration::from_secs(number.into()),
+            );
             let full = usize::from(number) == STRANGERS_MAX;
             assert_eq!(goes, full.then_some(NodeId([0; 32])));
         }

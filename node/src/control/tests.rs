@@ -20,17 +20,26 @@ impl Gate for Word {
     fn admit(&self, peer: NodeId, credentials: &[u8]) -> Result<Admitted, Refused> {
         if credentials == self.0.as_bytes() {
             let institution = InstitutionId([1; 32]);
-            return Ok(Admitted { node: peer, institution, capabilities: 63 });
+            return Ok(Admitted {
+                node: peer,
+                institution,
+                capabilities: 63,
+            });
         }
         let theirs = String::from_utf8_lossy(credentials);
-        Err(Refused { reason: format!("node {} says `{theirs}`, not `{}`", peer.short(), self.0) })
+        Err(Refused {
+            reason: format!("node {} says `{theirs}`, not `{}`", peer.short(), self.0),
+        })
     }
 }
 
 async fn node(seed: u8, word: &'static str, bootstrap: &[&ControlHandle]) -> ControlHandle {
     let mut config = ControlConfig::loopback([seed; 32]);
     config.data_addresses = vec![SocketAddr::from(([0, 0, 0, 0], 4000 + u16::from(seed)))];
-    config.bootstrap = bootstrap.iter().map(|peer| (peer.node(), peer.listen_addresses())).collect();
+    config.bootstrap = bootstrap
+        .iter()
+        .map(|peer| (peer.node(), peer.listen_addresses()))
+        .collect();
     start(config, Arc::new(Word(word))).await.expect("started").0
 }
 
@@ -50,8 +59,15 @@ async fn members_find_each_other_through_one_of_them_and_hear_gossip() {
     let second = node(2, "dike", &[&gateway]).await;
     let third = node(3, "dike", &[&gateway]).await;
     let mut heard = third.subscribe("news");
-    until("all are present", || [&gateway, &second, &third].iter().all(|node| node.present().len() == 2)).await;
-    let record = third.present().into_iter().find(|record| record.node == second.node()).expect("met");
+    until("all are present", || {
+        [&gateway, &second, &third].iter().all(|node| node.present().len() == 2)
+    })
+    .await;
+    let record = third
+        .present()
+        .into_iter()
+        .find(|record| record.node == second.node())
+        .expect("met");
     assert_eq!(record.data_addresses, [SocketAddr::from(([127, 0, 0, 1], 4002))]);
     for _ in 0..100 {
         if second.publish("news", b"high water".to_vec()).await.is_ok() {
@@ -59,7 +75,10 @@ async fn members_find_each_other_through_one_of_them_and_hear_gossip() {
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    let gossip = tokio::time::timeout(Duration::from_secs(10), heard.recv()).await.expect("in time").expect("open");
+    let gossip = tokio::time::timeout(Duration::from_secs(10), heard.recv())
+        .await
+        .expect("in time")
+        .expect("open");
     assert_eq!((gossip.from, gossip.bytes), (second.node(), b"high water".to_vec()));
 }
 
@@ -74,16 +93,29 @@ async fn a_request_is_answered_and_a_service_that_is_not_offered_is_named() {
         }
     });
     two.dial(one.node(), &one.listen_addresses()).await.expect("met");
-    assert_eq!(two.request(one.node(), Service::Run, b"pump".to_vec()).await, Ok(b"pump!".to_vec()));
+    assert_eq!(
+        two.request(one.node(), Service::Run, b"pump".to_vec()).await,
+        Ok(b"pump!".to_vec())
+    );
     let refused = two.request(one.node(), Service::Blobs, Vec::new()).await;
-    assert_eq!(refused, Err(ControlError::NoSuchService { node: one.node(), service: Service::Blobs }));
+    assert_eq!(
+        refused,
+        Err(ControlError::NoSuchService {
+            node: one.node(),
+            service: Service::Blobs
+        })
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stranger_hears_which_rule_turns_it_away() {
     let (one, stranger) = (node(6, "dike", &[]).await, node(7, "flood", &[]).await);
-    let refused = stranger.request_at(one.node(), &one.listen_addresses(), Service::Run, Vec::new()).await;
-    let Err(ControlError::RefusedBy { reason, .. }) = refused else { panic!("{refused:?}") };
+    let refused = stranger
+        .request_at(one.node(), &one.listen_addresses(), Service::Run, Vec::new())
+        .await;
+    let Err(ControlError::RefusedBy { reason, .. }) = refused else {
+        panic!("{refused:?}")
+    };
     assert!(reason.contains("says `flood`, not `dike`"), "{reason}");
     assert!(one.present().is_empty());
 }
@@ -99,9 +131,13 @@ async fn a_newcomer_may_ask_to_be_enrolled_and_nothing_else() {
         }
     });
     let addresses = gateway.listen_addresses();
-    let answer = newcomer.request_at(gateway.node(), &addresses, Service::Enrol, b"token".to_vec()).await;
+    let answer = newcomer
+        .request_at(gateway.node(), &addresses, Service::Enrol, b"token".to_vec())
+        .await;
     assert_eq!(answer, Ok(b"welcome".to_vec()));
-    let refused = newcomer.request_at(gateway.node(), &addresses, Service::Run, Vec::new()).await;
+    let refused = newcomer
+        .request_at(gateway.node(), &addresses, Service::Run, Vec::new())
+        .await;
     assert!(refused.is_err());
 }
 
@@ -111,7 +147,10 @@ async fn a_port_in_use_is_named() {
     let port = holder.local_addr().expect("bound").port();
     let mut config = ControlConfig::loopback([10; 32]);
     config.listen = vec![format!("/ip4/127.0.0.1/tcp/{port}")];
-    let error = start(config, Arc::new(Word("dike"))).await.expect_err("in use").to_string();
+    let error = start(config, Arc::new(Word("dike")))
+        .await
+        .expect_err("in use")
+        .to_string();
     assert!(error.contains(&port.to_string()) && error.contains("hint"), "{error}");
 }
 
@@ -120,7 +159,10 @@ async fn garbage_on_both_ports_changes_nothing() {
     let one = node(11, "dike", &[]).await;
     let port = |kind: &str| -> u16 {
         let addresses = one.listen_addresses();
-        let address = addresses.iter().find(|address| address.contains(kind)).expect("listening");
+        let address = addresses
+            .iter()
+            .find(|address| address.contains(kind))
+            .expect("listening");
         address.split('/').nth(4).expect("a port").parse().expect("a number")
     };
     let mut tcp = TcpStream::connect(("127.0.0.1", port("tcp"))).expect("connected");
@@ -128,7 +170,8 @@ async fn garbage_on_both_ports_changes_nothing() {
     let _ = tcp.write_all(&[0xff; 100_000]);
     let udp = UdpSocket::bind("127.0.0.1:0").expect("bound");
     for length in 1..1200 {
-        udp.send_to(&vec![0xc3; length], ("127.0.0.1", port("udp"))).expect("sent");
+        udp.send_to(&vec![0xc3; length], ("127.0.0.1", port("udp")))
+            .expect("sent");
     }
     let two = node(12, "dike", &[&one]).await;
     until("a member is still met", || two.present().len() == 1).await;
