@@ -45,13 +45,6 @@ pub const HINTS_MAX: usize = 32;
 /// The longest text for people: a reason, an agent's name.
 pub const TEXT_BYTES_MAX: usize = 1024;
 
-/// What stands before the bytes that are signed, one per kind of message, so that a signature for one purpose is none
-/// for another.
-pub mod domain {
-    /// A [`crate::directory::Announcement`].
-    pub const ANNOUNCEMENT: &[u8] = b"polder/announcement/1\0";
-}
-
 /// Why a peer's bytes are not a message.
 ///
 /// Every case is the peer's doing, so none of them may stop the node.
