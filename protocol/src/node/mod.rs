@@ -64,25 +64,22 @@ impl Node {
         }
     }
 
-    /// A node that goes on with what it persisted in an earlier life.
-    pub fn restore(
-        seal: Arc<dyn Seal>,
-        incarnation: u64,
-        now: Instant,
-        stored: BTreeMap<RunId, RestoredRun>,
-        effects: &mut Vec<Effect>,
-    ) -> Self {
-        let mut node = Self::new(seal, incarnation);
-        for (id, run) in stored.into_iter().take(RUNS_MAX) {
-            let mut step = Step {
-                now,
-                seal: &*node.seal,
-                next_job: &mut node.next_job,
-                effects,
-            };
-            node.runs.insert(id, Run::restore(run, id, incarnation, &mut step));
+    /// Goes on with a run as it was persisted in an earlier life. Of the effects, only reports matter before the first
+    /// [`Input::Wake`], which [`Node::wake_at`] asks for at once.
+    pub fn restore(&mut self, now: Instant, run: RunId, stored: RestoredRun, effects: &mut Vec<Effect>) {
+        if self.runs.len() >= RUNS_MAX && !self.runs.contains_key(&run) {
+            let reason = alloc::format!("this node follows {RUNS_MAX} runs already");
+            effects.push(Effect::Report(Report::CommandRefused { run, reason }));
+            return;
         }
-        node
+        let mut step = Step {
+            now,
+            seal: &*self.seal,
+            next_job: &mut self.next_job,
+            effects,
+        };
+        let restored = Run::restore(stored, run, self.incarnation, &mut step);
+        self.runs.insert(run, restored);
     }
 
     /// This node's id.
@@ -184,11 +181,7 @@ impl Node {
                 Run::begin(spec, self.incarnation, &*self.seal, effects).map_err(|error| error.to_string())
             }
             Command::Follow { steward, .. } | Command::Join { steward, .. } => {
-                effects.push(Effect::Persist {
-                    run,
-                    what: Persist::Follow { steward: *steward },
-                });
-                Ok(Run::follow(run, *steward, self.incarnation))
+                Ok(Run::follow(run, Some(*steward), self.incarnation))
             }
             Command::Leave { .. } | Command::Pause { .. } | Command::Resume { .. } | Command::Stop { .. } => {
                 Err("this node does not follow the run".to_string())

@@ -26,8 +26,8 @@ const PASSES_MAX: u32 = 32;
 #[derive(Debug)]
 pub(crate) struct Run {
     log: Log,
-    /// Whom to ask for the first entry.
-    steward_hint: NodeId,
+    /// Whom to ask for the first entry; `None` where nobody said.
+    steward_hint: Option<NodeId>,
     keeper: Keeper,
     trainer: Trainer,
     /// At the run's steward.
@@ -43,7 +43,7 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    pub(crate) fn follow(run: RunId, steward_hint: NodeId, incarnation: u64) -> Self {
+    pub(crate) fn follow(run: RunId, steward_hint: Option<NodeId>, incarnation: u64) -> Self {
         Self {
             log: Log::new(run),
             steward_hint,
@@ -69,7 +69,7 @@ impl Run {
         seal: &dyn Seal,
         effects: &mut Vec<Effect>,
     ) -> Result<Self, LogError> {
-        let mut begun = Self::follow(spec.id(), seal.node(), incarnation);
+        let mut begun = Self::follow(spec.id(), None, incarnation);
         let genesis = Body::Genesis { spec: spec.to_bytes() };
         let entry = begun.log.write(genesis, seal)?;
         effects.push(Effect::Persist {
@@ -84,7 +84,7 @@ impl Run {
     /// Goes on with what was persisted.
     pub(crate) fn restore(stored: RestoredRun, id: RunId, incarnation: u64, step: &mut Step<'_>) -> Self {
         let me = step.seal.node();
-        let mut run = Self::follow(id, stored.steward, incarnation);
+        let mut run = Self::follow(id, None, incarnation);
         let mut is_damaged = false;
         for entry in stored.entries {
             let received = run.log.receive(entry, step.seal);
@@ -110,7 +110,7 @@ impl Run {
             run.with(step, |_, ctx| steward.restore(ctx, stored.commits));
             run.steward = Some(steward);
         }
-        run.settle(step);
+        run.wake_at = Some(step.now);
         run
     }
 
@@ -171,7 +171,7 @@ impl Run {
         self.retain(step);
         let machines = [self.keeper.wake_at(), self.trainer.wake_at()];
         let steward = self.steward.as_ref().and_then(Steward::wake_at);
-        let ask = self.log.is_empty().then_some(self.ask_at);
+        let ask = self.steward_hint.filter(|_| self.log.is_empty()).map(|_| self.ask_at);
         self.wake_at = machines.into_iter().fold(earlier(steward, ask), earlier);
     }
 
@@ -197,7 +197,9 @@ impl Run {
     /// Asks for the first entry, as long as there is none.
     fn log_is_empty(&mut self, ctx: &mut Context<'_>) -> bool {
         if ctx.log.is_empty() {
-            self.ask(ctx, self.steward_hint, 0);
+            if let Some(steward) = self.steward_hint {
+                self.ask(ctx, steward, 0);
+            }
         }
         ctx.log.is_empty()
     }
@@ -316,6 +318,9 @@ impl Run {
     }
 
     fn on_command(&mut self, ctx: &mut Context<'_>, command: Command) {
+        if let Command::Follow { steward, .. } | Command::Join { steward, .. } = &command {
+            self.steward_hint = Some(*steward);
+        }
         match (command, &mut self.steward) {
             (Command::Join { joining, .. }, _) => self.trainer.join(ctx, joining),
             (Command::Leave { .. }, _) => self.trainer.leave(ctx),
