@@ -33,6 +33,9 @@ enum What {
         /// One seed only; prints the hash of its trace.
         #[arg(long)]
         seed: Option<u64>,
+        /// Tell the story on standard error: entries, jobs and faults.
+        #[arg(long)]
+        tell: bool,
         /// Nodes of a world, at least 3.
         #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u8).range(3..=64))]
         nodes: u8,
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
         seeds,
         first,
         seed,
+        tell,
         nodes,
     } = Arguments::parse().what;
     let range = match seed {
@@ -54,7 +58,7 @@ fn main() -> ExitCode {
     let count = range.end - range.start;
     let mut total = Tally::default();
     for number in range {
-        let ended = Engine::new(World::of_seed(number, nodes, Flaw::None)).run();
+        let ended = Engine::new(World::of_seed(number, nodes, Flaw::None)).telling(tell).run();
         total.add(&ended.tally);
         if let Some(violation) = ended.violation {
             eprintln!("error: seed {number} violates `{}`", violation.invariant);

@@ -85,7 +85,7 @@ pub struct Replica {
     pub id: ReplicaId,
     /// Its stages in order.
     pub stages: Vec<Stage>,
-    /// The first round that it trains.
+    /// The first round that it trains: as its entry says, or the one in which others ended and left no quorum.
     pub from: Round,
     /// The round that was next to close when it ended; `None` while it is active.
     pub ended: Option<Round>,
@@ -354,6 +354,7 @@ impl Ledger {
                 if let Some(replica) = self.replicas.get_mut(id) {
                     replica.ended = Some(self.next_round);
                 }
+                self.call_early();
             }
             Body::Closed { round, set, .. } => {
                 self.recent.push_back(RoundRecord {
@@ -384,6 +385,18 @@ impl Ledger {
             Body::Genesis { .. } => {} // Refused by the check.
         }
         Ok(())
+    }
+
+    /// Replicas that were to begin with a later round begin with this one, where those that end leave it without a quorum:
+    /// else nobody might be left to train it, and the later round would never come.
+    fn call_early(&mut self) {
+        let next = self.next_round;
+        let training = self.active().filter(|replica| replica.from <= next).count();
+        if u32::try_from(training).unwrap_or(u32::MAX) < self.spec.closing.quorum {
+            for replica in self.replicas.values_mut().filter(|replica| replica.ended.is_none()) {
+                replica.from = replica.from.min(next);
+            }
+        }
     }
 
     fn last_closed(&self) -> Round {
@@ -660,6 +673,16 @@ mod tests {
         long.push(0);
         let run = RunId(digest(&long).0);
         assert_eq!(Ledger::begin(run, &long).map(|_| ()), Err(RuleError::Malformed));
+    }
+
+    #[test]
+    fn a_replica_that_waits_for_the_next_round_is_called_when_the_others_end() {
+        let mut ledger = with_replicas(1);
+        ledger.append(&replica(1, &[2], 1)).unwrap();
+        let reason = EndReason::Silent(NodeId([1; 32]));
+        let id = ReplicaId(0);
+        ledger.append(&Body::ReplicaEnded { id, reason }).unwrap();
+        assert_eq!(ledger.check(&closed(&ledger, &[(1, 0)])), Ok(()));
     }
 
     #[test]

@@ -9,8 +9,8 @@ use std::collections::BinaryHeap;
 use std::fmt;
 
 use polder_protocol::hash::{Digest, RunId, digest};
-use polder_protocol::log::{Phase, ReplicaId, Round};
-use polder_protocol::node::{Command, Effect, Input, Joining, Node, Persist};
+use polder_protocol::log::{Body, Phase, ReplicaId, Round};
+use polder_protocol::node::{Command, Effect, Input, Joining, Node, Persist, Report};
 use polder_protocol::rng::Random;
 use polder_protocol::round::{JobId, RunMessage};
 use polder_protocol::time::{Instant, Span};
@@ -169,6 +169,7 @@ pub(crate) struct Engine {
     tally: Tally,
     trace: Digest,
     wakes_at_once: (Instant, u32),
+    tell: bool,
 }
 
 impl Engine {
@@ -187,6 +188,7 @@ impl Engine {
             tally: Tally::default(),
             trace: Digest::default(),
             wakes_at_once: (Instant(0), 0),
+            tell: false,
             world,
         };
         engine.hosts[0].disk.blobs.extend(&engine.world.spec.initial);
@@ -198,6 +200,12 @@ impl Engine {
         }
         engine.at(engine.world.quiet_at, Event::Quiet);
         engine
+    }
+
+    /// Tells the story on standard error: entries, jobs and faults.
+    pub(crate) fn telling(mut self, tell: bool) -> Self {
+        self.tell = tell;
+        self
     }
 
     /// Runs to the end, or to the first violation.
@@ -307,6 +315,9 @@ impl Engine {
 
     fn fault(&mut self, fault: Fault) -> Result<(), Violation> {
         self.tally.other_faults += 1;
+        if self.tell {
+            eprintln!("{:9.3} {fault:?}", self.now.0 as f64 / 1e6);
+        }
         match fault {
             Fault::Crash { host } => self.crash(host),
             Fault::CrashAll => (0..self.hosts.len()).for_each(|host| self.crash(host)),
@@ -465,6 +476,7 @@ impl Engine {
                 self.after(span, Event::Fault(Fault::Restart { host: index }));
                 return Ok(());
             }
+            self.tell(index, &effect);
             self.watch.see(&Seen { host: index, effect: &effect })?;
             self.carry_out_one(index, effect)?;
         }
@@ -498,6 +510,33 @@ impl Engine {
             Effect::Report(_) => {}
         }
         Ok(())
+    }
+
+    fn tell(&self, index: usize, effect: &Effect) {
+        if !self.tell {
+            return;
+        }
+        let seconds = self.now.0 as f64 / 1e6;
+        match effect {
+            Effect::Report(Report::Logged { entry }) if entry.author == node_id(index) => match &entry.body {
+                Body::Closed { round, set, .. } => {
+                    let set: Vec<_> = set.iter().map(|one| (one.replica.0, one.base.0)).collect();
+                    eprintln!("{seconds:9.3} entry {} closed {round}: {set:?}", entry.index);
+                }
+                Body::Applied { round, .. } => eprintln!("{seconds:9.3} entry {} applied {round}", entry.index),
+                Body::Genesis { .. } => eprintln!("{seconds:9.3} genesis {:?}", self.world.spec.closing),
+                body => eprintln!("{seconds:9.3} entry {} {body:?}", entry.index),
+            },
+            Effect::Report(Report::Logged { .. }) => {}
+            Effect::Report(report) => eprintln!("{seconds:9.3} host {index} {report:?}"),
+            Effect::Start { job, work } => {
+                let kind = format!("{work:?}");
+                let kind = kind.split(' ').next().unwrap_or_default();
+                eprintln!("{seconds:9.3} host {index} begins {kind} {job:?}");
+            }
+            Effect::Cancel { job } => eprintln!("{seconds:9.3} host {index} cancels {job:?}"),
+            _ => {}
+        }
     }
 
     fn send(&mut self, from: usize, to: usize, message: RunMessage) {
