@@ -58,14 +58,14 @@ fn main() -> ExitCode {
     let count = range.end - range.start;
     let mut total = Tally::default();
     for number in range {
-        let ended = Engine::new(World::of_seed(number, nodes, Flaw::None)).telling(tell).run();
+        let ended = Engine::new(World::of_seed(number, nodes, Flaw::None))
+            .telling(tell)
+            .run();
         total.add(&ended.tally);
         if let Some(violation) = ended.violation {
             eprintln!("error: seed {number} violates `{}`", violation.invariant);
             eprintln!("  after {:.3} s of virtual time: {}", ended.seconds, violation.what);
-            eprintln!(
-                "  repeat: cargo run --release -p polder-simulations -- rounds --seed {number} --nodes {nodes}"
-            );
+            eprintln!("  repeat: cargo run --release -p polder-simulations -- rounds --seed {number} --nodes {nodes}");
             return ExitCode::FAILURE;
         }
         if seed.is_some() {

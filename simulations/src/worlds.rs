@@ -37,22 +37,37 @@ pub(crate) struct Plan {
 /// Something that goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    Crash { host: usize },
+    Crash {
+        host: usize,
+    },
     CrashAll,
-    Restart { host: usize },
+    Restart {
+        host: usize,
+    },
     RestartAll,
     /// Hosts whose bit is set cannot reach the others.
-    Partition { mask: u64 },
+    Partition {
+        mask: u64,
+    },
     /// Much is lost, doubled and late.
     Storm,
     /// The network is as it is on an ordinary day.
     Calm,
     /// Everything that a host computes takes several times as long, until then.
-    Slow { host: usize, until: Instant },
+    Slow {
+        host: usize,
+        until: Instant,
+    },
     /// The next outer step of a host that is not the steward has a wrong bit.
-    Corrupt { host: usize },
-    Leave { host: usize },
-    Rejoin { host: usize },
+    Corrupt {
+        host: usize,
+    },
+    Leave {
+        host: usize,
+    },
+    Rejoin {
+        host: usize,
+    },
     Pause,
     Resume,
 }

@@ -26,7 +26,9 @@ impl Engine {
     /// A host begins a job.
     pub(super) fn begin(&mut self, host: usize, job: JobId, work: Job) -> Result<(), Violation> {
         if let Job::Train { base, .. } | Job::Apply { base, .. } | Job::Evaluate { parts: base, .. } = &work {
-            let missing = base.iter().find(|(_, blob)| !self.hosts[host].disk.blobs.contains(blob));
+            let missing = base
+                .iter()
+                .find(|(_, blob)| !self.hosts[host].disk.blobs.contains(blob));
             if let Some((part, _)) = missing {
                 return Err(Violation::new(
                     "a job's base is in the store",

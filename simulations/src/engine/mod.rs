@@ -419,7 +419,13 @@ impl Engine {
         for other in 0..self.hosts.len() {
             if other != index && self.random.chance(500_000) {
                 let span = Span(self.random.below(2_000_000));
-                self.after(span, Event::Lost { host: other, peer: index });
+                self.after(
+                    span,
+                    Event::Lost {
+                        host: other,
+                        peer: index,
+                    },
+                );
             }
         }
     }
@@ -477,7 +483,10 @@ impl Engine {
                 return Ok(());
             }
             self.tell(index, &effect);
-            self.watch.see(&Seen { host: index, effect: &effect })?;
+            self.watch.see(&Seen {
+                host: index,
+                effect: &effect,
+            })?;
             self.carry_out_one(index, effect)?;
         }
         self.schedule_wake(index)

@@ -29,7 +29,9 @@ impl EqualStates {
 
     fn compare(&self, host: usize, round: Round, parts: &[(Part, BlobId)]) -> Result<(), String> {
         let state = self.oracle.state(round).unwrap_or_default();
-        let wrong = parts.iter().find(|(part, blob)| state.get(part.0 as usize) != Some(blob));
+        let wrong = parts
+            .iter()
+            .find(|(part, blob)| state.get(part.0 as usize) != Some(blob));
         match wrong {
             Some((part, _)) => Err(format!("host {host} has another state of round {round}, {part:?}")),
             None => Ok(()),
@@ -53,7 +55,9 @@ impl Invariant for EqualStates {
                 if let Body::Applied { round, parts, .. } = &entry.body
                     && self.oracle.state(round.next()) != Some(parts)
                 {
-                    return Err(format!("the log's state after round {round} does not follow from its set"));
+                    return Err(format!(
+                        "the log's state after round {round} does not follow from its set"
+                    ));
                 }
                 Ok(())
             }

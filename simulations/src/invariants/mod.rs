@@ -107,6 +107,10 @@ impl Watch {
 
     fn all_mut(&mut self) -> impl Iterator<Item = &mut dyn Invariant> {
         let first: &mut dyn Invariant = &mut self.one_set;
-        core::iter::once(first).chain(self.others.iter_mut().map(|boxed| -> &mut dyn Invariant { &mut **boxed }))
+        core::iter::once(first).chain(
+            self.others
+                .iter_mut()
+                .map(|boxed| -> &mut dyn Invariant { &mut **boxed }),
+        )
     }
 }

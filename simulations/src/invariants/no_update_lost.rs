@@ -30,7 +30,11 @@ impl NoUpdateLost {
 
     fn lost(&self, closed: Option<Round>) -> Result<(), String> {
         let is_due = |round: Round| closed.is_none_or(|closed| closed.next().since(round) > self.late_rounds_max);
-        match self.accepted.difference(&self.included).find(|(_, round)| is_due(*round)) {
+        match self
+            .accepted
+            .difference(&self.included)
+            .find(|(_, round)| is_due(*round))
+        {
             Some((replica, round)) => Err(format!("replica {replica}'s update of round {round} is in no set")),
             None => Ok(()),
         }
@@ -66,7 +70,10 @@ impl Invariant for NoUpdateLost {
                     Body::Closed { round, set, .. } => {
                         for one in set {
                             if !self.included.insert((one.replica, one.base)) {
-                                return Err(format!("replica {}'s update of round {} counts twice", one.replica, one.base));
+                                return Err(format!(
+                                    "replica {}'s update of round {} counts twice",
+                                    one.replica, one.base
+                                ));
                             }
                         }
                         return self.lost(Some(*round));

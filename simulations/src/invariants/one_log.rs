@@ -31,7 +31,10 @@ impl Invariant for OneLog {
             None if place == self.hashes.len() => self.hashes.push(entry.hash()),
             None => return Err(format!("host {} writes entry {place} before the one before", seen.host)),
             Some(hash) if *hash != entry.hash() => {
-                return Err(format!("host {} has another entry {place}: {:?}", seen.host, entry.body));
+                return Err(format!(
+                    "host {} has another entry {place}: {:?}",
+                    seen.host, entry.body
+                ));
             }
             Some(_) => {}
         }
