@@ -144,6 +144,11 @@ pub enum Effect {
 /// What a node must find again after a restart.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Persist {
+    /// This run is followed; whom to ask for the log first. A run that this node keeps the log of has none.
+    Follow {
+        /// Whom.
+        steward: NodeId,
+    },
     /// Append to the run's log.
     Entry(Entry),
     /// Add a commit: an own one before it is sent, at the steward any that it holds. At most one for each round,
@@ -168,6 +173,8 @@ pub enum Persist {
 /// What a node persisted of one run, for [`super::Node::restore`].
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct RestoredRun {
+    /// The steward of [`Persist::Follow`]; the default where there was none.
+    pub steward: NodeId,
     /// All of [`Persist::Entry`], in order.
     pub entries: Vec<Entry>,
     /// [`Persist::Commit`]s that are not dropped, in any order.

@@ -64,22 +64,25 @@ impl Node {
         }
     }
 
-    /// Goes on with a run as it was persisted in an earlier life. Of the effects, only reports matter before the first
-    /// [`Input::Wake`], which [`Node::wake_at`] asks for at once.
-    pub fn restore(&mut self, now: Instant, run: RunId, stored: RestoredRun, effects: &mut Vec<Effect>) {
-        if self.runs.len() >= RUNS_MAX && !self.runs.contains_key(&run) {
-            let reason = alloc::format!("this node follows {RUNS_MAX} runs already");
-            effects.push(Effect::Report(Report::CommandRefused { run, reason }));
-            return;
+    /// A node that goes on with what it persisted in an earlier life. The effects are carried out as those of a step.
+    pub fn restore(
+        seal: Arc<dyn Seal>,
+        incarnation: u64,
+        now: Instant,
+        stored: BTreeMap<RunId, RestoredRun>,
+        effects: &mut Vec<Effect>,
+    ) -> Self {
+        let mut node = Self::new(seal, incarnation);
+        for (id, run) in stored.into_iter().take(RUNS_MAX) {
+            let mut step = Step {
+                now,
+                seal: &*node.seal,
+                next_job: &mut node.next_job,
+                effects,
+            };
+            node.runs.insert(id, Run::restore(run, id, incarnation, &mut step));
         }
-        let mut step = Step {
-            now,
-            seal: &*self.seal,
-            next_job: &mut self.next_job,
-            effects,
-        };
-        let restored = Run::restore(stored, run, self.incarnation, &mut step);
-        self.runs.insert(run, restored);
+        node
     }
 
     /// This node's id.
@@ -181,6 +184,10 @@ impl Node {
                 Run::begin(spec, self.incarnation, &*self.seal, effects).map_err(|error| error.to_string())
             }
             Command::Follow { steward, .. } | Command::Join { steward, .. } => {
+                effects.push(Effect::Persist {
+                    run,
+                    what: Persist::Follow { steward: *steward },
+                });
                 Ok(Run::follow(run, Some(*steward), self.incarnation))
             }
             Command::Leave { .. } | Command::Pause { .. } | Command::Resume { .. } | Command::Stop { .. } => {
@@ -200,3 +207,6 @@ impl Node {
         run.step(input, &mut step);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -84,7 +84,8 @@ impl Run {
     /// Goes on with what was persisted.
     pub(crate) fn restore(stored: RestoredRun, id: RunId, incarnation: u64, step: &mut Step<'_>) -> Self {
         let me = step.seal.node();
-        let mut run = Self::follow(id, None, incarnation);
+        let hint = (stored.steward != NodeId::default()).then_some(stored.steward);
+        let mut run = Self::follow(id, hint, incarnation);
         let mut is_damaged = false;
         for entry in stored.entries {
             let received = run.log.receive(entry, step.seal);
@@ -110,7 +111,7 @@ impl Run {
             run.with(step, |_, ctx| steward.restore(ctx, stored.commits));
             run.steward = Some(steward);
         }
-        run.wake_at = Some(step.now);
+        run.settle(step);
         run
     }
 

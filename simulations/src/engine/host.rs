@@ -21,6 +21,7 @@ pub(crate) struct Disk {
 impl Disk {
     pub(crate) fn persist(&mut self, what: Persist) {
         match what {
+            Persist::Follow { steward } => self.run.steward = steward,
             Persist::Entry(entry) => self.run.entries.push(entry),
             Persist::Commit(signed) => {
                 let key = |commit: &polder_protocol::round::Commit| (commit.round, commit.replica, commit.node);

@@ -5,12 +5,12 @@ mod host;
 mod network;
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BTreeMap, BinaryHeap};
 use std::fmt;
 
 use polder_protocol::hash::{Digest, RunId, digest};
 use polder_protocol::log::{Body, Phase, ReplicaId, Round};
-use polder_protocol::node::{Command, Effect, Input, Joining, Node, Persist, Report};
+use polder_protocol::node::{Command, Effect, Input, Joining, Node, Persist, Report, RestoredRun};
 use polder_protocol::rng::Random;
 use polder_protocol::round::{JobId, RunMessage};
 use polder_protocol::time::{Instant, Span};
@@ -370,12 +370,19 @@ impl Engine {
         host.began = self.now;
         host.wake_at = None;
         host.undo.clear();
-        let mut node = Node::new(host.seal.clone(), self.now.0 + host.life);
-        let mut effects = Vec::new();
-        if host.disk.run != Default::default() {
-            node.restore(Instant(0), self.run, host.disk.run.clone(), &mut effects);
+        let mut stored = BTreeMap::new();
+        if host.disk.run != RestoredRun::default() {
+            stored.insert(self.run, host.disk.run.clone());
         }
-        host.node = Some(node);
+        let mut effects = Vec::new();
+        let incarnation = self.now.0 + host.life;
+        host.node = Some(Node::restore(
+            host.seal.clone(),
+            incarnation,
+            Instant(0),
+            stored,
+            &mut effects,
+        ));
         self.carry_out(index, effects)?;
         if index == 0 && self.hosts[0].disk.run.entries.is_empty() {
             let spec = self.world.spec.clone();
