@@ -62,10 +62,25 @@ fn acknowledges_an_update_once_its_bytes_are_held_and_the_commit_is_durable() {
     assert_eq!(answers(&effects), [CommitAnswer::Waiting]);
     let effects = steward.done(fetch, Outcome::Fetched);
     let persisted = place(&effects, |effect| {
-        matches!(effect, Effect::Persist { what: Persist::Commit(_), .. })
+        matches!(
+            effect,
+            Effect::Persist {
+                what: Persist::Commit(_),
+                ..
+            }
+        )
     });
     let accepted = place(&effects, |effect| {
-        matches!(effect, Effect::Send { message: RunMessage::Ack { answer: CommitAnswer::Accepted, .. }, .. })
+        matches!(
+            effect,
+            Effect::Send {
+                message: RunMessage::Ack {
+                    answer: CommitAnswer::Accepted,
+                    ..
+                },
+                ..
+            }
+        )
     });
     assert!(persisted < accepted);
 }
@@ -118,7 +133,9 @@ fn folds_a_late_update_into_the_next_set_and_refuses_a_later_one() {
     steward.commit(3, 1, 0);
     steward.round(2, 0, 1);
     let late = steward.log().entries().iter().find_map(|entry| match &entry.body {
-        Body::Closed { round: Round(1), set, .. } => set.iter().find(|one| one.replica == ReplicaId(1)),
+        Body::Closed {
+            round: Round(1), set, ..
+        } => set.iter().find(|one| one.replica == ReplicaId(1)),
         _ => None,
     });
     assert_eq!(late.map(|one| one.base), Some(Round(0)));
@@ -167,9 +184,23 @@ fn a_participant_trains_commits_durably_and_says_it_again_until_it_is_answered()
     let train = participant.train(&mut steward);
     let effects = participant.done(train, trained(2));
     let persisted = place(&effects, |effect| {
-        matches!(effect, Effect::Persist { what: Persist::Commit(_), .. })
+        matches!(
+            effect,
+            Effect::Persist {
+                what: Persist::Commit(_),
+                ..
+            }
+        )
     });
-    let is_commit = |effect: &Effect| matches!(effect, Effect::Send { message: RunMessage::Commit(_), .. });
+    let is_commit = |effect: &Effect| {
+        matches!(
+            effect,
+            Effect::Send {
+                message: RunMessage::Commit(_),
+                ..
+            }
+        )
+    };
     assert!(persisted < place(&effects, is_commit));
     let again = participant.wait(Span::seconds(1));
     assert!(again.iter().any(is_commit));
@@ -186,7 +217,13 @@ fn a_restarted_participant_offers_its_commit_and_does_not_train_the_round_again(
     let mut again = participant.restarted();
     let effects = again.wait(Span::seconds(1));
     assert!(sent(&effects).any(|message| matches!(message, RunMessage::Commit(_))));
-    assert!(!effects.iter().any(|effect| matches!(effect, Effect::Start { work: Job::Train { .. }, .. })));
+    assert!(!effects.iter().any(|effect| matches!(
+        effect,
+        Effect::Start {
+            work: Job::Train { .. },
+            ..
+        }
+    )));
 }
 
 #[test]
@@ -195,7 +232,11 @@ fn only_the_steward_acknowledges() {
     let train = participant.train(&mut steward);
     participant.done(train, trained(2));
     let effects = participant.tell(9, ack(CommitAnswer::Accepted));
-    assert!(!effects.iter().any(|effect| matches!(effect, Effect::Report(Report::CommitAccepted { .. }))));
+    assert!(
+        !effects
+            .iter()
+            .any(|effect| matches!(effect, Effect::Report(Report::CommitAccepted { .. })))
+    );
 }
 
 #[test]
@@ -256,7 +297,9 @@ fn reports_two_entries_for_one_place_once() {
     let (steward, mut participant) = pair();
     participant.hear(&steward, 0);
     let mut other = Desk::steward(spec_of_one());
-    other.local(Command::Pause { run: spec_of_one().id() });
+    other.local(Command::Pause {
+        run: spec_of_one().id(),
+    });
     let reports = |effects: &[Effect]| {
         let is_fork = |effect: &&Effect| matches!(effect, Effect::Report(Report::Equivocation { .. }));
         effects.iter().filter(is_fork).count()
@@ -270,7 +313,9 @@ fn stops_after_the_outer_step_that_is_under_way() {
     let mut steward = Desk::steward(spec_of_one());
     steward.join(2, BLOCKS, 1);
     steward.commit(2, 0, 0);
-    steward.local(Command::Stop { run: spec_of_one().id() });
+    steward.local(Command::Stop {
+        run: spec_of_one().id(),
+    });
     assert!(steward.log().entries().iter().all(|entry| entry.body != Body::Stopped));
     steward.apply(0);
     assert_eq!(steward.log().entries().last().unwrap().body, Body::Stopped);
@@ -282,7 +327,12 @@ fn a_steward_with_a_damaged_log_says_nothing_more() {
     steward.join(2, BLOCKS, 1);
     steward.stored.entries.last_mut().unwrap().signature = Signature::from_bytes(&[0; 64]);
     let mut again = steward.restarted();
-    assert!(again.seen.iter().any(|effect| matches!(effect, Effect::Report(Report::LogDamaged { .. }))));
+    assert!(
+        again
+            .seen
+            .iter()
+            .any(|effect| matches!(effect, Effect::Report(Report::LogDamaged { .. })))
+    );
     let effects = again.join(3, BLOCKS, 1);
     assert!(!effects.iter().any(|effect| matches!(effect, Effect::Broadcast { .. })));
 }
@@ -299,10 +349,7 @@ fn hears_of_runs_that_it_does_not_follow() {
             head: Digest::default(),
         },
     );
-    let heard = Report::Heard {
-        run,
-        steward: node(1),
-    };
+    let heard = Report::Heard { run, steward: node(1) };
     assert_eq!(effects, [Effect::Report(heard)]);
 }
 
