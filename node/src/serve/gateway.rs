@@ -1,0 +1,347 @@
+//! The gateway of a question: turns words into tokens, drives the session, turns tokens into words as they come.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::Stream;
+use polder_protocol::epoch::Epoch;
+use polder_protocol::hash::EpochId;
+use polder_protocol::route::{self, Hop, RoutePolicy};
+use polder_protocol::session::{
+    Effect, FromSeat, Generation, Input, Opening, Request, SeatId, SeatRequest, SessionId, ToSeat, Why, decode, encode,
+};
+use polder_protocol::time;
+use polder_protocol::work::{Prompt, Sampling};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_stream::wrappers::ReceiverStream;
+use tracing::{debug, info};
+
+use super::text::{Stops, Text, Words};
+use super::{Inner, ServeError, ServeHandle};
+
+/// Events that wait for a slow reader. The chain goes on without it for so many tokens.
+const EVENTS_MAX: usize = 256;
+
+/// What the seats of one generation said and nobody has read yet.
+const SAID_MAX: usize = 256;
+
+/// What is asked.
+#[derive(Debug, Clone)]
+pub struct GenerateRequest {
+    /// Which model.
+    pub epoch: EpochId,
+    /// What to answer or to go on with.
+    pub prompt: Prompt,
+    /// New tokens at most; `None` for as many as the context holds.
+    pub tokens_max: Option<u32>,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// The text ends before the first of these.
+    pub stop: Vec<String>,
+    /// Whom to trust with it.
+    pub policy: RoutePolicy,
+}
+
+/// What comes of it.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// More text.
+    Token {
+        /// The text; empty while a letter is incomplete.
+        text: String,
+        /// The token that brought it.
+        token: u32,
+        /// Its natural log-probability before temperature.
+        log_probability: f32,
+    },
+    /// The end.
+    Done {
+        /// Text that was held back until it was certain that no stop string begins with it.
+        text: String,
+        /// Why it ended.
+        reason: Reason,
+        /// What it took.
+        usage: Usage,
+        /// Who answered.
+        chain: Vec<Hop>,
+    },
+}
+
+/// Why a text ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// The model ended it, or a stop string came.
+    Stop,
+    /// As many tokens as were asked for, or as the context holds.
+    Length,
+}
+
+/// What a generation took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Tokens that were generated.
+    pub completion_tokens: u32,
+    /// Stages that were lost and replaced on the way.
+    pub losses: u32,
+}
+
+impl ServeHandle {
+    /// Answers a question. The stream ends after [`Event::Done`] or an error; dropping it ends the generation
+    /// everywhere.
+    pub fn generate(&self, request: GenerateRequest) -> impl Stream<Item = Result<Event, ServeError>> + Send + 'static {
+        let (events, receiver) = mpsc::channel(EVENTS_MAX);
+        let inner = Arc::clone(&self.inner);
+        tokio::spawn(async move {
+            let outcome = tokio::select! {
+                () = events.closed() => return,
+                outcome = answer(&inner, request, &events) => outcome,
+            };
+            if let Err(error) = outcome {
+                // Whoever asked may have gone.
+                let _ = events.send(Err(error)).await;
+            }
+        });
+        ReceiverStream::new(receiver)
+    }
+}
+
+type Events = mpsc::Sender<Result<Event, ServeError>>;
+
+async fn answer(inner: &Arc<Inner>, request: GenerateRequest, events: &Events) -> Result<(), ServeError> {
+    let busy = ServeError::Busy {
+        limit: inner.config.generations_max,
+    };
+    let _permit = inner.generations.try_acquire().map_err(|_| busy)?;
+    let epoch = inner.epoch(request.epoch)?;
+    let text = Text::of(inner, request.epoch).await?;
+    let prompt = text.encode(request.prompt.clone()).await?;
+    let asking = Asking::new(inner, &epoch, &request, prompt.len())?;
+    let mut effects = Vec::new();
+    let machine = Generation::begin(
+        asking.now(),
+        Request {
+            tokens_max: request.tokens_max.unwrap_or(u32::MAX),
+            context_tokens_max: asking.context_tokens_max,
+            end_tokens: epoch.end_tokens.clone(),
+            blocks: epoch.blocks(),
+            prompt,
+        },
+        inner.config.limits,
+        &mut effects,
+    );
+    asking.run(machine, effects, Words::new(text), Stops::new(request.stop.clone()), events).await
+}
+
+/// One generation under way.
+struct Asking<'a> {
+    inner: &'a Arc<Inner>,
+    request: &'a GenerateRequest,
+    epoch: &'a Epoch,
+    session: SessionId,
+    context_tokens_max: u32,
+    prompt_tokens: u32,
+    began: Instant,
+    said: mpsc::Sender<(SeatId, Result<FromSeat, String>)>,
+    saying: Option<mpsc::Receiver<(SeatId, Result<FromSeat, String>)>>,
+    // Dropping one ends the stream to its seat.
+    seats: BTreeMap<SeatId, mpsc::UnboundedSender<ToSeat>>,
+}
+
+impl<'a> Asking<'a> {
+    fn new(
+        inner: &'a Arc<Inner>,
+        epoch: &'a Epoch,
+        request: &'a GenerateRequest,
+        prompt_tokens: usize,
+    ) -> Result<Self, ServeError> {
+        let limit = epoch.context_tokens_max.min(inner.config.context_tokens_max);
+        let prompt_tokens = u32::try_from(prompt_tokens).unwrap_or(u32::MAX);
+        if prompt_tokens >= limit {
+            return Err(ServeError::Request {
+                reason: format!(
+                    "the prompt has {prompt_tokens} tokens, and the context holds {limit} with the answer"
+                ),
+            });
+        }
+        let wanted = prompt_tokens.saturating_add(request.tokens_max.unwrap_or(u32::MAX));
+        let mut session = [0; 16];
+        getrandom::fill(&mut session).map_err(|error| ServeError::GaveUp {
+            reason: format!("the system has no random numbers: {error}"),
+        })?;
+        let (said, saying) = mpsc::channel(SAID_MAX);
+        Ok(Self {
+            inner,
+            request,
+            epoch,
+            session: SessionId(session),
+            context_tokens_max: wanted.min(limit),
+            prompt_tokens,
+            began: Instant::now(),
+            said,
+            saying: Some(saying),
+            seats: BTreeMap::new(),
+        })
+    }
+
+    fn now(&self) -> time::Instant {
+        time::Instant(u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX))
+    }
+
+    async fn run(
+        mut self,
+        mut machine: Generation,
+        mut effects: Vec<Effect>,
+        mut words: Words,
+        mut stops: Stops,
+        events: &Events,
+    ) -> Result<(), ServeError> {
+        let Some(mut saying) = self.saying.take() else { return Ok(()) };
+        let mut chain = Vec::new();
+        loop {
+            while !effects.is_empty() {
+                for effect in std::mem::take(&mut effects) {
+                    match effect {
+                        Effect::Choose { gap, excluded } => {
+                            let offers = self.inner.offers(self.request.epoch);
+                            let blocks = self.epoch.blocks();
+                            let chain = route::choose(&offers, gap, blocks, &self.request.policy, &excluded);
+                            machine.step(self.now(), Input::Chosen { gap, chain }, &mut effects);
+                        }
+                        Effect::Open { seat, hop } => self.open(seat, hop),
+                        Effect::Send { seat, message } => {
+                            if let Some(seat) = self.seats.get(&seat) {
+                                // Where the stream has ended, its loss is on the way.
+                                let _ = seat.send(message);
+                            }
+                        }
+                        Effect::Close { seat } => {
+                            info!(seat = seat.0, "a stage was lost in a generation");
+                            self.seats.remove(&seat);
+                        }
+                        Effect::Emit { token, log_probability } => {
+                            // Stages that were lost and replaced are not who answered last.
+                            chain = machine.chain();
+                            let piece = words.push(token).await?;
+                            let (text, stopped) = stops.push(&piece);
+                            let event = Event::Token {
+                                text,
+                                token,
+                                log_probability,
+                            };
+                            if events.send(Ok(event)).await.is_err() {
+                                return Ok(());
+                            }
+                            if stopped {
+                                let usage = self.usage(&machine);
+                                return self.done(String::new(), Reason::Stop, usage, chain, events).await;
+                            }
+                        }
+                        Effect::Done(Why::GaveUp { reason }) => return Err(ServeError::GaveUp { reason }),
+                        Effect::Done(why) => {
+                            let (mut text, stopped) = stops.push(&words.finish().await?);
+                            if !stopped {
+                                text.push_str(&stops.finish());
+                            }
+                            let reason = match why {
+                                Why::Length if !stopped => Reason::Length,
+                                _ => Reason::Stop,
+                            };
+                            if chain.is_empty() {
+                                chain = machine.chain();
+                            }
+                            let usage = self.usage(&machine);
+                            return self.done(text, reason, usage, chain, events).await;
+                        }
+                    }
+                }
+            }
+            let wake_at = machine.wake_at().map(|at| self.began + std::time::Duration::from_micros(at.0));
+            let input = tokio::select! {
+                () = tokio::time::sleep_until(wake_at.unwrap_or(self.began)), if wake_at.is_some() => Input::Wake,
+                said = saying.recv() => match said {
+                    Some((seat, Ok(message))) => Input::Said { seat, message },
+                    Some((seat, Err(reason))) => Input::Lost { seat, reason },
+                    None => return Ok(()),
+                },
+            };
+            if let Input::Lost { seat, reason } = &input {
+                debug!(seat = seat.0, reason, "a stream to a stage ended");
+            }
+            machine.step(self.now(), input, &mut effects);
+        }
+    }
+
+    fn usage(&self, machine: &Generation) -> Usage {
+        Usage {
+            prompt_tokens: self.prompt_tokens,
+            completion_tokens: u32::try_from(machine.tokens_generated()).unwrap_or(u32::MAX),
+            losses: machine.losses(),
+        }
+    }
+
+    async fn done(
+        &self,
+        text: String,
+        reason: Reason,
+        usage: Usage,
+        chain: Vec<Hop>,
+        events: &Events,
+    ) -> Result<(), ServeError> {
+        let done = Event::Done {
+            text,
+            reason,
+            usage,
+            chain,
+        };
+        // Whoever asked may have gone.
+        let _ = events.send(Ok(done)).await;
+        Ok(())
+    }
+
+    /// Opens the stream to a seat, on a task of its own.
+    fn open(&mut self, seat: SeatId, hop: Hop) {
+        let (messages, mut outgoing) = mpsc::unbounded_channel();
+        self.seats.insert(seat, messages);
+        let opening = Opening::Seat(SeatRequest {
+            session: self.session,
+            seat,
+            epoch: self.request.epoch,
+            range: hop.range,
+            context_tokens_max: self.context_tokens_max,
+            sampling: self.request.sampling.clone(),
+            end_tokens: self.epoch.end_tokens.clone(),
+        });
+        let inner = Arc::clone(self.inner);
+        let said = self.said.clone();
+        tokio::spawn(async move {
+            let talked = async {
+                let (mut sender, mut receiver) = inner.streams.open(hop.node, &opening).await?;
+                loop {
+                    tokio::select! {
+                        message = outgoing.recv() => match message {
+                            Some(message) => sender.send(encode(&message), Bytes::new()).await?,
+                            None => return Ok(()),
+                        },
+                        frame = receiver.next() => {
+                            let Some((header, _)) = frame? else {
+                                return Err("its stream ended".to_owned());
+                            };
+                            let message = decode(&header).map_err(|error| error.to_string())?;
+                            if said.send((seat, Ok(message))).await.is_err() {
+                                return Ok(());
+                            }
+                        }
+                    }
+                }
+            };
+            if let Err(reason) = talked.await {
+                // The generation may have ended meanwhile.
+                let _ = said.send((seat, Err(reason))).await;
+            }
+        });
+    }
+}
