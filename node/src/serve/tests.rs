@@ -406,6 +406,10 @@ async fn work(mut pipe: DuplexStream) {
     let mut ranges = BTreeMap::new();
     let mut pasts = Pasts::new();
     while let Ok((Order { id, task }, payload)) = read(&mut pipe).await {
+        if matches!(task, Task::Forward { .. }) {
+            // As long as a small model takes, so that there is a middle of a generation.
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
         let (answer, payload) = perform(&mut ranges, &mut pasts, task, &payload);
         let start = frame_start(&Reply { id, answer }, payload.len()).unwrap();
         if pipe.write_all(&start).await.is_err() || pipe.write_all(&payload).await.is_err() {

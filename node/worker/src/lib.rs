@@ -3,10 +3,13 @@
 //! One thread reads, one computes, one turns tokens into words and back. The process ends when its input does, so it
 //! never outlives the daemon that started it.
 
+mod boundary;
+mod compute;
 mod host;
 pub mod models;
 mod options;
 mod pipes;
+mod words;
 
 use std::io;
 use std::process::ExitCode;
@@ -15,6 +18,28 @@ use tracing::{error, info};
 
 pub use host::{Engine, HostError, host};
 pub use options::{DeviceChoice, Options, OptionsError};
+pub use polder_kernels::text::{byte_level_bpe, bytes as byte_tokenizer};
+pub use polder_kernels::train::initial_parameters;
+
+/// Serves orders on standard input and output until the input ends.
+///
+/// It reads `POLDER_WORKER_THREADS` and `POLDER_WORKER_DEVICE`, and `--threads` and `--device` behind the verb `worker`.
+/// Return from `main` with the answer: orders still under way end with the process.
+pub fn run() -> ExitCode {
+    let arguments = std::env::args().skip_while(|argument| argument != "worker").skip(1);
+    let variable = |name: &str| std::env::var(name).ok();
+    match Options::read(variable, arguments) {
+        Ok(options) => run_with(
+            options,
+            move || compute::Compute::new(options.device.open()),
+            words::Words::default,
+        ),
+        Err(error) => {
+            error!(%error, "a worker cannot be started like this");
+            ExitCode::FAILURE
+        }
+    }
+}
 
 /// Serves orders on standard input and output with these engines until the input ends. See [`host()`].
 ///

@@ -2,6 +2,7 @@
 
 use std::str::FromStr;
 
+use polder_kernels::device::Device;
 use thiserror::Error;
 
 /// What a worker is told when it starts.
@@ -82,6 +83,16 @@ impl Options {
             }
         }
         Ok(options)
+    }
+}
+
+impl DeviceChoice {
+    /// The chosen device.
+    pub(crate) fn open(self) -> Device {
+        if self == Self::Wgpu {
+            tracing::warn!("this build drives no GPU, so the CPU computes");
+        }
+        Device::cpu()
     }
 }
 

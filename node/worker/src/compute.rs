@@ -1,0 +1,291 @@
+//! Stages for serving and for training, on one device.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use polder_kernels::device::Device;
+use polder_kernels::sample::sample;
+use polder_kernels::stage::{Input, Output, ServeStage, Want};
+use polder_kernels::text::Tokenizer;
+use polder_kernels::train::{TrainData, TrainInput, TrainOutput, TrainStage};
+use polder_protocol::run::Boundary;
+use polder_protocol::work::{Answer, Sampling, StageId, Task};
+
+use crate::boundary;
+use crate::host::Engine;
+
+/// Computes. Its stages are forgotten with it.
+pub(crate) struct Compute {
+    device: Device,
+    serving: BTreeMap<StageId, ServeStage>,
+    training: BTreeMap<StageId, TrainStage>,
+    data: TrainData,
+    tokenizer: Option<Tokenizer>,
+}
+
+type Performed = Result<(Answer, Vec<u8>), String>;
+
+impl Compute {
+    pub(crate) fn new(device: Device) -> Self {
+        Self {
+            device,
+            serving: BTreeMap::new(),
+            training: BTreeMap::new(),
+            data: TrainData::new(),
+            tokenizer: None,
+        }
+    }
+}
+
+impl Engine for Compute {
+    fn perform(&mut self, task: Task, payload: Vec<u8>) -> Performed {
+        match task {
+            Task::Hello => done(Answer::Device {
+                name: self.device.name().to_owned(),
+                memory_bytes: self.device.memory_bytes(),
+            }),
+            Task::Load {
+                stage,
+                config_json,
+                range,
+                part_files,
+                weights,
+            } => {
+                // The old one goes first: both may not fit.
+                self.serving.remove(&stage);
+                let loaded = ServeStage::load(&config_json, range, &part_files, weights, &self.device);
+                let loaded = loaded.map_err(|error| error.to_string())?;
+                let answer = Answer::Loaded {
+                    bytes: loaded.weight_bytes(),
+                    hidden: width(loaded.hidden()),
+                };
+                self.serving.insert(stage, loaded);
+                done(answer)
+            }
+            Task::Unload { stage } => {
+                self.serving.remove(&stage);
+                self.training.remove(&stage);
+                done(Answer::Done)
+            }
+            Task::OpenSession {
+                stage,
+                session,
+                context_tokens_max,
+            } => {
+                let opened = self.serving(stage)?.open_session(session, context_tokens_max);
+                opened.map_err(|error| error.to_string())?;
+                done(Answer::Done)
+            }
+            Task::CloseSession { stage, session } => {
+                if let Some(stage) = self.serving.get_mut(&stage) {
+                    stage.close_session(session);
+                }
+                done(Answer::Done)
+            }
+            Task::Forward {
+                stage,
+                session,
+                position,
+                tokens,
+                sample,
+            } => self.forward(stage, session, position, &tokens, sample.as_ref(), &payload),
+            task => self.train(task, &payload),
+        }
+    }
+}
+
+impl Compute {
+    fn serving(&mut self, stage: StageId) -> Result<&mut ServeStage, String> {
+        self.serving.get_mut(&stage).ok_or_else(|| format!("no stage {stage} is loaded for serving"))
+    }
+
+    fn training(&mut self, stage: StageId) -> Result<&mut TrainStage, String> {
+        self.training.get_mut(&stage).ok_or_else(|| format!("no stage {stage} is loaded for training"))
+    }
+
+    fn forward(
+        &mut self,
+        stage: StageId,
+        session: u64,
+        position: u32,
+        tokens: &[u32],
+        sampling: Option<&Sampling>,
+        payload: &[u8],
+    ) -> Performed {
+        let stage = self.serving(stage)?;
+        let hidden;
+        let (input, rows) = if stage.has_embedding() {
+            (Input::Tokens(tokens), tokens.len())
+        } else {
+            hidden = boundary::read(payload, Boundary::F32).ok_or("half a number came as hidden states")?;
+            (Input::Hidden(&hidden), hidden.len() / stage.hidden().max(1))
+        };
+        let want = if sampling.is_some() { Want::LastLogits } else { Want::AllLogits };
+        let output = stage.forward(session, position, input, want).map_err(|error| error.to_string())?;
+        match (output, sampling) {
+            (Output::Hidden(rows), _) => Ok((Answer::Hidden, boundary::write(&rows, Boundary::F32))),
+            (Output::Logits(logits), None) => Ok((Answer::Logits, boundary::write(&logits, Boundary::F32))),
+            (Output::Logits(logits), Some(sampling)) => {
+                // The token chosen stands behind the rows of this forward.
+                let place = position.saturating_add(u32::try_from(rows).unwrap_or(u32::MAX));
+                let choice = sample(&logits, sampling, place).ok_or("the stage gave no logits")?;
+                done(Answer::Sampled {
+                    token: choice.token,
+                    log_probability: choice.log_probability,
+                })
+            }
+        }
+    }
+
+    fn train(&mut self, task: Task, payload: &[u8]) -> Performed {
+        let text = |error: polder_kernels::train::TrainError| error.to_string();
+        match task {
+            Task::TrainLoad {
+                stage,
+                config_json,
+                range,
+                part_files,
+                inner,
+                steps_total,
+            } => {
+                self.training.remove(&stage);
+                let loaded = TrainStage::load(&config_json, range, &part_files, inner, steps_total, &self.device);
+                let loaded = loaded.map_err(text)?;
+                let answer = Answer::Loaded {
+                    bytes: loaded.bytes(),
+                    hidden: width(loaded.hidden()),
+                };
+                self.training.insert(stage, loaded);
+                done(answer)
+            }
+            Task::TrainSet { stage, part_files } => {
+                self.training(stage)?.set(&part_files).map_err(text)?;
+                done(Answer::Done)
+            }
+            Task::TrainData {
+                tokenizer_file,
+                text_files,
+            } => self.read_data(&tokenizer_file, &text_files),
+            Task::TrainSteps {
+                stage,
+                step_first,
+                steps,
+                labels,
+            } => {
+                let training = self.training.get_mut(&stage);
+                let training = training.ok_or_else(|| format!("no stage {stage} is loaded for training"))?;
+                let stepped = training.steps(&self.data, step_first, steps, &labels).map_err(text)?;
+                done(Answer::Stepped {
+                    losses: stepped.losses,
+                    tokens: stepped.tokens,
+                })
+            }
+            Task::TrainBatch { labels, batch, seq } => {
+                let tokens = self.data.batch(&labels, batch, seq);
+                let tokens = tokens.ok_or_else(|| format!("the local texts are shorter than {seq} tokens"))?;
+                done(Answer::Batch { tokens })
+            }
+            Task::TrainForward {
+                stage,
+                micro_batch,
+                tokens,
+                batch,
+                seq,
+                boundary,
+            } => {
+                let hidden = boundary::read(payload, boundary).ok_or("half a number came as hidden states")?;
+                let input = TrainInput {
+                    tokens: &tokens,
+                    hidden: &hidden,
+                    batch,
+                    seq,
+                };
+                match self.training(stage)?.forward(micro_batch, input).map_err(text)? {
+                    TrainOutput::Hidden(rows) => Ok((Answer::Hidden, boundary::write(&rows, boundary))),
+                    TrainOutput::Loss { loss, input_gradient } => {
+                        Ok((Answer::Loss { loss }, boundary::write(&input_gradient, boundary)))
+                    }
+                }
+            }
+            Task::TrainBackward {
+                stage,
+                micro_batch,
+                boundary,
+            } => {
+                let gradient = boundary::read(payload, boundary).ok_or("half a number came as a gradient")?;
+                let gradient = self.training(stage)?.backward(micro_batch, &gradient).map_err(text)?;
+                Ok((Answer::Hidden, boundary::write(&gradient, boundary)))
+            }
+            Task::TrainSquareSum { stage, micro_batches } => done(Answer::SquareSum {
+                sum: self.training(stage)?.square_sum(micro_batches).map_err(text)?,
+            }),
+            Task::TrainApply {
+                stage,
+                step,
+                square_sum,
+            } => {
+                self.training(stage)?.apply(step, square_sum).map_err(text)?;
+                done(Answer::Done)
+            }
+            Task::TrainWrite { stage, part_files } => {
+                self.training(stage)?.write(&part_files).map_err(text)?;
+                done(Answer::Done)
+            }
+            Task::Score { stage, texts, seq } => self.score(stage, &texts, seq),
+            task => Err(format!("{task:?} is not about the device")),
+        }
+    }
+
+    fn read_data(&mut self, tokenizer_file: &str, text_files: &[String]) -> Performed {
+        let bytes = fs::read(tokenizer_file).map_err(|error| format!("{tokenizer_file}: {error}"))?;
+        let tokenizer = Tokenizer::from_bytes(&bytes).map_err(|error| format!("{tokenizer_file}: {error}"))?;
+        let mut data = TrainData::new();
+        for file in text_files {
+            let text = fs::read_to_string(file).map_err(|error| format!("{file}: {error}"))?;
+            let tokens = tokenizer.encode(&text).map_err(|error| format!("{file}: {error}"))?;
+            data.add(&tokens);
+            data.add(end(&tokenizer).as_slice());
+        }
+        self.data = data;
+        self.tokenizer = Some(tokenizer);
+        done(Answer::Data {
+            tokens: self.data.tokens(),
+        })
+    }
+
+    fn score(&mut self, stage: StageId, texts: &[String], seq: u32) -> Performed {
+        let tokenizer = self.tokenizer.as_ref().ok_or("scoring needs a tokenizer, which comes with the local texts")?;
+        let training = self.training.get_mut(&stage);
+        let training = training.ok_or_else(|| format!("no stage {stage} is loaded for training"))?;
+        let start = end(tokenizer).unwrap_or(0);
+        let mut bits_per_byte = Vec::with_capacity(texts.len());
+        for text in texts {
+            let tokens = tokenizer.encode_bare(text).map_err(|error| error.to_string())?;
+            let bytes = u64::try_from(text.len()).unwrap_or(u64::MAX);
+            let bits = training.score(&tokens, bytes, start, seq);
+            bits_per_byte.push(bits.map_err(|error| error.to_string())?);
+        }
+        done(Answer::Scored { bits_per_byte })
+    }
+}
+
+/// The token that stands between texts, where the tokenizer has one that is known.
+fn end(tokenizer: &Tokenizer) -> Option<u32> {
+    const KNOWN: [&str; 6] = [
+        polder_kernels::text::END_TEXT,
+        "<|endoftext|>",
+        "</s>",
+        "<|end_of_text|>",
+        "<eos>",
+        "<|im_end|>",
+    ];
+    KNOWN.iter().find_map(|name| tokenizer.token_id(name))
+}
+
+fn done(answer: Answer) -> Performed {
+    Ok((answer, Vec::new()))
+}
+
+fn width(hidden: usize) -> u32 {
+    u32::try_from(hidden).unwrap_or(u32::MAX)
+}
