@@ -133,7 +133,15 @@ async fn answer(inner: &Arc<Inner>, request: GenerateRequest, events: &Events) -
         inner.config.limits,
         &mut effects,
     );
-    asking.run(machine, effects, Words::new(text), Stops::new(request.stop.clone()), events).await
+    asking
+        .run(
+            machine,
+            effects,
+            Words::new(text),
+            Stops::new(request.stop.clone()),
+            events,
+        )
+        .await
 }
 
 /// One generation under way.
@@ -162,9 +170,7 @@ impl<'a> Asking<'a> {
         let prompt_tokens = u32::try_from(prompt_tokens).unwrap_or(u32::MAX);
         if prompt_tokens >= limit {
             return Err(ServeError::Request {
-                reason: format!(
-                    "the prompt has {prompt_tokens} tokens, and the context holds {limit} with the answer"
-                ),
+                reason: format!("the prompt has {prompt_tokens} tokens, and the context holds {limit} with the answer"),
             });
         }
         let wanted = prompt_tokens.saturating_add(request.tokens_max.unwrap_or(u32::MAX));
@@ -199,7 +205,9 @@ impl<'a> Asking<'a> {
         mut stops: Stops,
         events: &Events,
     ) -> Result<(), ServeError> {
-        let Some(mut saying) = self.saying.take() else { return Ok(()) };
+        let Some(mut saying) = self.saying.take() else {
+            return Ok(());
+        };
         let mut chain = Vec::new();
         loop {
             while !effects.is_empty() {
@@ -259,7 +267,9 @@ impl<'a> Asking<'a> {
                     }
                 }
             }
-            let wake_at = machine.wake_at().map(|at| self.began + std::time::Duration::from_micros(at.0));
+            let wake_at = machine
+                .wake_at()
+                .map(|at| self.began + std::time::Duration::from_micros(at.0));
             let input = tokio::select! {
                 () = tokio::time::sleep_until(wake_at.unwrap_or(self.began)), if wake_at.is_some() => Input::Wake,
                 said = saying.recv() => match said {

@@ -205,7 +205,11 @@ async fn load(inner: &Inner, id: EpochId, range: BlockRange, life: u64) -> Resul
     let mut part_files = Vec::new();
     for part in range.parts(blocks) {
         let part = usize::try_from(part).unwrap_or(usize::MAX);
-        let blob = epoch.parts.get(part).copied().ok_or(ServeError::Range { range, blocks })?;
+        let blob = epoch
+            .parts
+            .get(part)
+            .copied()
+            .ok_or(ServeError::Range { range, blocks })?;
         part_files.push(inner.blob_file(id, blob, "a part of the model").await?);
     }
     let stage = inner.new_id();
@@ -217,7 +221,11 @@ async fn load(inner: &Inner, id: EpochId, range: BlockRange, life: u64) -> Resul
         weights: Weights::Packed,
     };
     let device = |what| move |source| ServeError::Device { what, source };
-    let (answer, _) = inner.device.order(task, Bytes::new()).await.map_err(device("load a stage"))?;
+    let (answer, _) = inner
+        .device
+        .order(task, Bytes::new())
+        .await
+        .map_err(device("load a stage"))?;
     let Answer::Loaded { hidden, .. } = answer else {
         let source = crate::device::DeviceError::unexpected(&answer);
         return Err(ServeError::Device {
@@ -225,7 +233,9 @@ async fn load(inner: &Inner, id: EpochId, range: BlockRange, life: u64) -> Resul
             source,
         });
     };
-    let token_micros = measure(inner, stage, range, hidden).await.map_err(device("run a stage"))?;
+    let token_micros = measure(inner, stage, range, hidden)
+        .await
+        .map_err(device("run a stage"))?;
     Ok(Loaded {
         stage,
         range,
@@ -274,6 +284,9 @@ async fn measure(
         inner.device.order(forward, payload).await?;
         micros = u32::try_from(began.elapsed().as_micros()).unwrap_or(u32::MAX);
     }
-    inner.device.order(Task::CloseSession { stage, session }, Bytes::new()).await?;
+    inner
+        .device
+        .order(Task::CloseSession { stage, session }, Bytes::new())
+        .await?;
     Ok(micros)
 }

@@ -209,7 +209,9 @@ pub fn start(
 
 impl std::fmt::Debug for ServeHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ServeHandle").field("held", &self.held()).finish_non_exhaustive()
+        f.debug_struct("ServeHandle")
+            .field("held", &self.held())
+            .finish_non_exhaustive()
     }
 }
 
@@ -223,7 +225,13 @@ impl ServeHandle {
 
     /// The epochs that are known, with whether a chain for them is there now.
     pub fn models(&self) -> Vec<(EpochId, Arc<Epoch>, bool)> {
-        let epochs: Vec<_> = self.inner.lock().epochs.iter().map(|(id, epoch)| (*id, Arc::clone(epoch))).collect();
+        let epochs: Vec<_> = self
+            .inner
+            .lock()
+            .epochs
+            .iter()
+            .map(|(id, epoch)| (*id, Arc::clone(epoch)))
+            .collect();
         let served = |(id, epoch): (EpochId, Arc<Epoch>)| {
             let is_served = self.inner.has_chain(id, epoch.blocks());
             (id, epoch, is_served)
@@ -238,10 +246,13 @@ impl ServeHandle {
     /// [`ServeError::UnknownEpoch`].
     pub fn find(&self, name: &str) -> Result<EpochId, ServeError> {
         let models = self.models();
-        let named = models.iter().filter(|(id, epoch, _)| epoch.name == name || id.to_string() == name);
+        let named = models
+            .iter()
+            .filter(|(id, epoch, _)| epoch.name == name || id.to_string() == name);
         let is_parent = |of: EpochId| models.iter().any(|(_, epoch, _)| epoch.parent == Some(of));
         let best = named.max_by_key(|(id, _, served)| (*served, !is_parent(*id), *id));
-        best.map(|(id, ..)| *id).ok_or_else(|| ServeError::UnknownEpoch { name: name.to_owned() })
+        best.map(|(id, ..)| *id)
+            .ok_or_else(|| ServeError::UnknownEpoch { name: name.to_owned() })
     }
 
     /// Holds a stage of a known epoch from now on: fetches its parts, loads it whenever the worker runs, and announces
@@ -270,7 +281,11 @@ impl ServeHandle {
         let blocks = self.inner.epoch(epoch)?.blocks();
         let own = self.inner.data.node();
         let offers = self.inner.directory.offers(epoch);
-        let held: Vec<BlockRange> = offers.iter().filter(|offer| offer.node != own).map(|offer| offer.range).collect();
+        let held: Vec<BlockRange> = offers
+            .iter()
+            .filter(|offer| offer.node != own)
+            .map(|offer| offer.range)
+            .collect();
         let Some(range) = polder_protocol::placement::place(blocks, &held, capacity_blocks) else {
             return Ok(None);
         };

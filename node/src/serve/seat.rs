@@ -52,7 +52,11 @@ pub(super) async fn sit(
         context_tokens_max: request.context_tokens_max,
     };
     taken.worker_session = Some((loaded, session));
-    inner.device.order(open, Bytes::new()).await.map_err(|error| error.to_string())?;
+    inner
+        .device
+        .order(open, Bytes::new())
+        .await
+        .map_err(|error| error.to_string())?;
     sender.send(encode(&FromSeat::Opened), Bytes::new()).await?;
     let seated = Seated {
         inner: Arc::clone(inner),
@@ -83,7 +87,9 @@ fn stage(inner: &Inner, request: &SeatRequest) -> Result<Loaded, String> {
     let limit = epoch.context_tokens_max.min(inner.config.context_tokens_max);
     if request.context_tokens_max > limit {
         let wanted = request.context_tokens_max;
-        return Err(format!("a context of {wanted} tokens is longer than this node's {limit}"));
+        return Err(format!(
+            "a context of {wanted} tokens is longer than this node's {limit}"
+        ));
     }
     Ok(loaded)
 }

@@ -76,7 +76,10 @@ impl Sender {
     pub(super) async fn send(&mut self, header: Vec<u8>, payload: Bytes) -> Result<(), String> {
         match self {
             Self::Wire(sender) => sender.send(&header, payload).await.map_err(|error| error.to_string()),
-            Self::Here(sender) => sender.send((header, payload)).await.map_err(|_| "the stream ended".to_owned()),
+            Self::Here(sender) => sender
+                .send((header, payload))
+                .await
+                .map_err(|_| "the stream ended".to_owned()),
         }
     }
 }

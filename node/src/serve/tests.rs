@@ -258,7 +258,11 @@ impl Town {
         });
         let data = DataPlane::start(config, Arc::new(Open), view.clone(), blobs.clone()).unwrap();
         *view.own.lock().unwrap() = data.node();
-        self.board.addresses.lock().unwrap().insert(data.node(), data.local_address());
+        self.board
+            .addresses
+            .lock()
+            .unwrap()
+            .insert(data.node(), data.local_address());
         let blob = |bytes: &[u8]| blobs.put_bytes(bytes).unwrap();
         let epoch = epoch(blob(b"tokenizer"), blob(b"part"));
         let device = Device::start(Hashing);
@@ -305,7 +309,14 @@ impl Node {
     async fn hold(&self, first: u32, end: u32) {
         self.serve.hold(self.epoch, BlockRange { first, end }).unwrap();
         for _ in 0..500 {
-            if self.board.held.lock().unwrap().get(&self.node()).is_some_and(|held| !held.is_empty()) {
+            if self
+                .board
+                .held
+                .lock()
+                .unwrap()
+                .get(&self.node())
+                .is_some_and(|held| !held.is_empty())
+            {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -356,14 +367,23 @@ impl Gate for Open {
 
 impl AddressBook for View {
     fn data_addresses(&self, peer: NodeId) -> Vec<SocketAddr> {
-        self.board.addresses.lock().unwrap().get(&peer).copied().into_iter().collect()
+        self.board
+            .addresses
+            .lock()
+            .unwrap()
+            .get(&peer)
+            .copied()
+            .into_iter()
+            .collect()
     }
 }
 
 impl Directory for View {
     fn offers(&self, epoch: EpochId) -> Vec<Offer> {
         let held = self.board.held.lock().unwrap();
-        let stages = held.iter().flat_map(|(node, held)| held.iter().map(|held| (*node, *held)));
+        let stages = held
+            .iter()
+            .flat_map(|(node, held)| held.iter().map(|held| (*node, *held)));
         stages
             .filter(|(_, held)| held.epoch == epoch)
             .map(|(node, held)| Offer {
@@ -469,7 +489,10 @@ fn perform(
             tokens: text.bytes().map(u32::from).collect(),
         },
         Task::Decode { tokens, .. } => Answer::Text {
-            text: tokens.iter().map(|token| char::from(b'a' + (token % 26) as u8)).collect(),
+            text: tokens
+                .iter()
+                .map(|token| char::from(b'a' + (token % 26) as u8))
+                .collect(),
         },
         Task::TextLoad { .. } | Task::Unload { .. } => Answer::Done,
         task => Answer::Failed {

@@ -131,7 +131,10 @@ impl Words {
     }
 
     async fn take(&mut self, decoded: &str) -> Result<String, ServeError> {
-        let piece = decoded.strip_prefix(self.given_text.as_str()).unwrap_or_default().to_owned();
+        let piece = decoded
+            .strip_prefix(self.given_text.as_str())
+            .unwrap_or_default()
+            .to_owned();
         self.window.drain(..self.given);
         self.given = self.window.len();
         self.given_text = self.text.decode(&self.window).await?;

@@ -19,7 +19,8 @@ pub(crate) fn read(bytes: &[u8], boundary: Boundary) -> Option<Vec<f32>> {
     match boundary {
         Boundary::F32 => {
             let (values, rest) = bytes.as_chunks::<4>();
-            rest.is_empty().then(|| values.iter().map(|value| f32::from_le_bytes(*value)).collect())
+            rest.is_empty()
+                .then(|| values.iter().map(|value| f32::from_le_bytes(*value)).collect())
         }
         Boundary::Bf16 => {
             let (values, rest) = bytes.as_chunks::<2>();

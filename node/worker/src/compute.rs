@@ -96,11 +96,15 @@ impl Engine for Compute {
 
 impl Compute {
     fn serving(&mut self, stage: StageId) -> Result<&mut ServeStage, String> {
-        self.serving.get_mut(&stage).ok_or_else(|| format!("no stage {stage} is loaded for serving"))
+        self.serving
+            .get_mut(&stage)
+            .ok_or_else(|| format!("no stage {stage} is loaded for serving"))
     }
 
     fn training(&mut self, stage: StageId) -> Result<&mut TrainStage, String> {
-        self.training.get_mut(&stage).ok_or_else(|| format!("no stage {stage} is loaded for training"))
+        self.training
+            .get_mut(&stage)
+            .ok_or_else(|| format!("no stage {stage} is loaded for training"))
     }
 
     fn forward(
@@ -120,8 +124,14 @@ impl Compute {
             hidden = boundary::read(payload, Boundary::F32).ok_or("half a number came as hidden states")?;
             (Input::Hidden(&hidden), hidden.len() / stage.hidden().max(1))
         };
-        let want = if sampling.is_some() { Want::LastLogits } else { Want::AllLogits };
-        let output = stage.forward(session, position, input, want).map_err(|error| error.to_string())?;
+        let want = if sampling.is_some() {
+            Want::LastLogits
+        } else {
+            Want::AllLogits
+        };
+        let output = stage
+            .forward(session, position, input, want)
+            .map_err(|error| error.to_string())?;
         match (output, sampling) {
             (Output::Hidden(rows), _) => Ok((Answer::Hidden, boundary::write(&rows, Boundary::F32))),
             (Output::Logits(logits), None) => Ok((Answer::Logits, boundary::write(&logits, Boundary::F32))),
@@ -254,7 +264,10 @@ impl Compute {
     }
 
     fn score(&mut self, stage: StageId, texts: &[String], seq: u32) -> Performed {
-        let tokenizer = self.tokenizer.as_ref().ok_or("scoring needs a tokenizer, which comes with the local texts")?;
+        let tokenizer = self
+            .tokenizer
+            .as_ref()
+            .ok_or("scoring needs a tokenizer, which comes with the local texts")?;
         let training = self.training.get_mut(&stage);
         let training = training.ok_or_else(|| format!("no stage {stage} is loaded for training"))?;
         let start = end(tokenizer).unwrap_or(0);

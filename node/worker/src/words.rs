@@ -60,7 +60,11 @@ impl Engine for Words {
                 tokens: self.text(text)?.encode(prompt)?,
             },
             Task::Decode { text, tokens } => Answer::Text {
-                text: self.text(text)?.tokenizer.decode(&tokens).map_err(|error| error.to_string())?,
+                text: self
+                    .text(text)?
+                    .tokenizer
+                    .decode(&tokens)
+                    .map_err(|error| error.to_string())?,
             },
             task => return Err(format!("{task:?} is not about text")),
         };
@@ -70,7 +74,9 @@ impl Engine for Words {
 
 impl Words {
     fn text(&self, id: TextId) -> Result<&Text, String> {
-        self.texts.get(&id).ok_or_else(|| format!("no tokenizer {id} is loaded"))
+        self.texts
+            .get(&id)
+            .ok_or_else(|| format!("no tokenizer {id} is loaded"))
     }
 }
 
