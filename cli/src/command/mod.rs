@@ -6,6 +6,7 @@ mod data;
 mod institution;
 mod invite;
 mod model;
+mod run;
 
 use clap::Subcommand;
 
@@ -14,6 +15,7 @@ use crate::context::Context;
 /// What a person can ask for.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    Run(run::Arguments),
     Data(data::Arguments),
     /// Write, show and sign the federation's founding document
     Charter(charter::Arguments),
@@ -30,6 +32,7 @@ pub(crate) enum Command {
 /// Does what was asked.
 pub(crate) fn run(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
+        Command::Run(arguments) => run::run(context, arguments),
         Command::Data(arguments) => data::run(context, arguments),
         Command::Charter(arguments) => charter::run(context, arguments),
         Command::Institution(arguments) => institution::run(context, arguments),

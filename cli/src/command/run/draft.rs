@@ -5,9 +5,9 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
+use polder_node::train::{NewRun, compressor_bits_per_byte, order_0_bits_per_byte};
 use polder_protocol::hash::{BlobId, FederationId, NodeId};
 use polder_protocol::run::{Evaluation, HeldOut, RunSpec};
-use polder_node::train::{NewRun, compressor_bits_per_byte, order_0_bits_per_byte};
 use serde_json::{Map, Value, json};
 
 use super::file::{EvaluationTable, RunFile};
@@ -15,7 +15,14 @@ use super::file::{EvaluationTable, RunFile};
 /// Ids of a byte tokenizer: the bytes, and the end of a text.
 const BYTE_VOCABULARY: u32 = 257;
 /// Names under which tokenizers keep the token that ends a text.
-const END_TOKENS: [&str; 6] = ["</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "<|eot_id|>"];
+const END_TOKENS: [&str; 6] = [
+    "</s>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "<eos>",
+    "<|eot_id|>",
+];
 
 /// Makes the run; its files lie in `folder`.
 pub(crate) fn draft(file: &RunFile, folder: &Path) -> anyhow::Result<NewRun> {
@@ -111,14 +118,20 @@ fn vocabulary(tokenizer: &Value) -> (u32, Option<u32>) {
         .filter_map(|token| Some((token["content"].as_str()?, id(&token["id"])?)))
         .collect();
     let listed = tokenizer["model"]["vocab"].as_object().into_iter().flatten();
-    let ids = listed.filter_map(|(_, value)| id(value)).chain(added.iter().map(|(_, id)| *id));
-    let end = END_TOKENS.iter().find_map(|name| added.iter().find(|(content, _)| content == name));
+    let ids = listed
+        .filter_map(|(_, value)| id(value))
+        .chain(added.iter().map(|(_, id)| *id));
+    let end = END_TOKENS
+        .iter()
+        .find_map(|name| added.iter().find(|(content, _)| content == name));
     (ids.max().map_or(0, |id| id.saturating_add(1)), end.map(|(_, id)| *id))
 }
 
 /// A `tokenizer.json` whose tokens are the bytes, with their values as ids.
 fn byte_tokenizer() -> Value {
-    let vocabulary: Map<String, Value> = (0..=255u8).map(|byte| (stand_in(byte).to_string(), json!(byte))).collect();
+    let vocabulary: Map<String, Value> = (0..=255u8)
+        .map(|byte| (stand_in(byte).to_string(), json!(byte)))
+        .collect();
     json!({
         "version": "1.0",
         "truncation": null,
@@ -158,7 +171,10 @@ fn stand_in(byte: u8) -> char {
         return char::from(byte);
     }
     let before = (0..byte).filter(|other| !visible(other)).count();
-    u32::try_from(before).ok().and_then(|before| char::from_u32(0x100 + before)).unwrap_or(' ')
+    u32::try_from(before)
+        .ok()
+        .and_then(|before| char::from_u32(0x100 + before))
+        .unwrap_or(' ')
 }
 
 /// Reads the held-out texts and computes what they are compared with.
@@ -169,12 +185,19 @@ fn evaluation(table: &EvaluationTable) -> anyhow::Result<Evaluation> {
     for entry in entries {
         let path: PathBuf = entry?.path();
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let Some(language) = name.strip_suffix(".txt").filter(|language| !language.ends_with(".train")) else {
+        let Some(language) = name
+            .strip_suffix(".txt")
+            .filter(|language| !language.ends_with(".train"))
+        else {
             continue;
         };
         let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let primer = table.folder.join(format!("{language}.train.txt"));
-        let primer = if primer.is_file() { fs::read(&primer)? } else { Vec::new() };
+        let primer = if primer.is_file() {
+            fs::read(&primer)?
+        } else {
+            Vec::new()
+        };
         let held_out = HeldOut {
             order_0_bits_per_byte: order_0_bits_per_byte(text.as_bytes()),
             compressor_bits_per_byte: compressor_bits_per_byte(text.as_bytes(), &primer)?,
@@ -197,7 +220,10 @@ mod tests {
         let vocabulary = tokenizer["model"]["vocab"].as_object().unwrap();
         assert_eq!(vocabulary.len(), 256);
         // As GPT-2's: a space is Ġ, a line feed is Ċ.
-        assert_eq!((&vocabulary["Ġ"], &vocabulary["Ċ"], &vocabulary["é"]), (&json!(32), &json!(10), &json!(0xe9)));
+        assert_eq!(
+            (&vocabulary["Ġ"], &vocabulary["Ċ"], &vocabulary["é"]),
+            (&json!(32), &json!(10), &json!(0xe9))
+        );
     }
 
     #[test]

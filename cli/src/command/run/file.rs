@@ -60,8 +60,9 @@ pub(crate) struct Model {
     pub(crate) tokenizer: String,
     /// The longest context in tokens; the sequence length of training by default.
     pub(crate) context: Option<u32>,
-    /// Use the embedding as the output projection. On by default: small models spend most parameters there.
-    #[serde(default = "yes")]
+    /// Use the embedding as the output projection. Off by default: such a model cannot be split into stages, since the
+    /// first and the last would share a tensor.
+    #[serde(default)]
     pub(crate) tie_embeddings: bool,
     /// Base of the rotary positions.
     #[serde(default = "ten_thousand")]
@@ -180,10 +181,6 @@ fn bytes() -> String {
     "bytes".into()
 }
 
-const fn yes() -> bool {
-    true
-}
-
 const fn ten_thousand() -> f64 {
     10_000.0
 }
@@ -197,7 +194,10 @@ impl RunFile {
     pub(crate) fn read(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         let mut file = Self::parse(&text).with_context(|| format!("{} is not a run file", path.display()))?;
-        let folder = std::path::absolute(path)?.parent().map(Path::to_owned).unwrap_or_default();
+        let folder = std::path::absolute(path)?
+            .parent()
+            .map(Path::to_owned)
+            .unwrap_or_default();
         if let Some(evaluation) = &mut file.evaluation {
             evaluation.folder = folder.join(&evaluation.folder);
         }
@@ -221,7 +221,10 @@ impl RunFile {
             "`hidden` must be an even multiple of `heads`"
         );
         let kv_heads = model.kv_heads.unwrap_or(model.heads);
-        ensure!(kv_heads > 0 && model.heads % kv_heads == 0, "`heads` must be a multiple of `kv_heads`");
+        ensure!(
+            kv_heads > 0 && model.heads % kv_heads == 0,
+            "`heads` must be a multiple of `kv_heads`"
+        );
         file.inner()?;
         file.outer()?;
         file.closing()?;
@@ -236,7 +239,10 @@ impl RunFile {
             table.steps > 0 && table.batch > 0 && table.micro_batches > 0 && table.seq > 0,
             "`steps`, `batch`, `micro_batches` and `seq` of [inner] must be at least 1"
         );
-        ensure!((0.0..=1.0).contains(&table.decay), "`decay` of [inner] is a share between 0 and 1");
+        ensure!(
+            (0.0..=1.0).contains(&table.decay),
+            "`decay` of [inner] is a share between 0 and 1"
+        );
         Ok(Inner {
             steps: table.steps,
             batch: table.batch,
@@ -270,20 +276,32 @@ impl RunFile {
         let sparse = matches!(codec, Codec::TopkQ2 { .. });
         if let Codec::TopkQ2 { k, error_decay } = codec {
             ensure!((1..=4096).contains(&k), "`k` of [outer] is 1 to 4096");
-            ensure!((0.0..=1.0).contains(&error_decay), "`error_decay` of [outer] is between 0 and 1");
+            ensure!(
+                (0.0..=1.0).contains(&error_decay),
+                "`error_decay` of [outer] is between 0 and 1"
+            );
             ensure!(
                 table.momentum.unwrap_or(0.0) == 0.0,
                 "`momentum` does not go with `topk_q2`: error feedback plays its part"
             );
         } else {
             let only_sparse = table.k.is_some() || table.error_decay.is_some() || table.warm_start_rounds.is_some();
-            ensure!(!only_sparse, "`k`, `error_decay` and `warm_start_rounds` of [outer] belong to `topk_q2`");
+            ensure!(
+                !only_sparse,
+                "`k`, `error_decay` and `warm_start_rounds` of [outer] belong to `topk_q2`"
+            );
         }
         let momentum = table.momentum.unwrap_or(if sparse { 0.0 } else { 0.9 });
-        ensure!((0.0..1.0).contains(&momentum), "`momentum` of [outer] is at least 0 and below 1");
+        ensure!(
+            (0.0..1.0).contains(&momentum),
+            "`momentum` of [outer] is at least 0 and below 1"
+        );
         Ok(Outer {
             codec,
-            learning_rate: positive("learning_rate", table.learning_rate.unwrap_or(if sparse { 1.0 } else { 0.7 }))?,
+            learning_rate: positive(
+                "learning_rate",
+                table.learning_rate.unwrap_or(if sparse { 1.0 } else { 0.7 }),
+            )?,
             momentum,
             warm_start_rounds: table.warm_start_rounds.unwrap_or(0),
         })
@@ -318,8 +336,9 @@ fn positive(key: &str, value: f32) -> anyhow::Result<f32> {
 }
 
 fn span(key: &str, text: &str) -> anyhow::Result<Span> {
-    let duration: jiff::SignedDuration =
-        text.parse().with_context(|| format!("`{key}` = \"{text}\" is no duration such as \"90s\""))?;
+    let duration: jiff::SignedDuration = text
+        .parse()
+        .with_context(|| format!("`{key}` = \"{text}\" is no duration such as \"90s\""))?;
     let micros = u64::try_from(duration.as_micros()).with_context(|| format!("`{key}` is below zero"))?;
     Ok(Span(micros))
 }
@@ -338,7 +357,10 @@ mod tests {
     fn what_is_left_out_has_its_default() {
         let file = RunFile::parse(SMALL).unwrap();
         let outer = file.outer().unwrap();
-        assert_eq!((outer.codec, outer.learning_rate, outer.momentum), (Codec::E3m0, 0.7, 0.9));
+        assert_eq!(
+            (outer.codec, outer.learning_rate, outer.momentum),
+            (Codec::E3m0, 0.7, 0.9)
+        );
         assert_eq!(file.closing().unwrap().deadline, Span::seconds(600));
         assert_eq!(file.inner().unwrap().decay_ppm, 200_000);
         assert_eq!(file.boundary().unwrap(), Boundary::Bf16);

@@ -95,7 +95,10 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
 fn new(context: &Context, client: &Client, path: &std::path::Path) -> anyhow::Result<()> {
     let file = RunFile::read(path)?;
     // The daemon reads the files from here, and keeps its own copies.
-    let folder = context.home().join("runs").join(format!("draft-{}", std::process::id()));
+    let folder = context
+        .home()
+        .join("runs")
+        .join(format!("draft-{}", std::process::id()));
     std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let made = draft::draft(&file, &folder).and_then(|new| client.post::<Made>("/train/runs", &new));
     // What is left in it is of no use to anybody.
@@ -161,7 +164,11 @@ impl fmt::Display for Runs {
         for run in &self.runs {
             let short = run.run.get(..8).unwrap_or_default();
             let (done, total) = (run.rounds_done, run.rounds_total);
-            writeln!(f, "{:20} {short} {:9} round {done}/{total}  {}", run.name, run.phase, run.activity)?;
+            writeln!(
+                f,
+                "{:20} {short} {:9} round {done}/{total}  {}",
+                run.name, run.phase, run.activity
+            )?;
         }
         Ok(())
     }
@@ -180,20 +187,35 @@ impl fmt::Display for Shown {
         writeln!(f, "  this node: {}; {}", run.role, run.activity)?;
         writeln!(f, "  replicas: {}", run.replicas.len())?;
         if let Some(last) = run.recent.last() {
-            writeln!(f, "  loss {:.4} nats/token, {:.0} tokens/s", last.loss, last.tokens_per_second)?;
+            writeln!(
+                f,
+                "  loss {:.4} nats/token, {:.0} tokens/s",
+                last.loss, last.tokens_per_second
+            )?;
             let agreed = run.rounds_agreed;
-            writeln!(f, "  state {}, own hash equal in {agreed} rounds, another in {}", run.state_hash, run.rounds_diverged)?;
+            writeln!(
+                f,
+                "  state {}, own hash equal in {agreed} rounds, another in {}",
+                run.state_hash, run.rounds_diverged
+            )?;
         }
         let bytes = |count| bytesize::ByteSize(count).to_string();
         let (sent, received, dense) = (bytes(run.sent_bytes), bytes(run.received_bytes), bytes(run.dense_bytes));
-        writeln!(f, "  sent {sent}, received {received}; dense data parallelism would have sent {dense}")?;
+        writeln!(
+            f,
+            "  sent {sent}, received {received}; dense data parallelism would have sent {dense}"
+        )?;
         if !run.languages.is_empty() {
             writeln!(f, "  held-out bits per byte    now   first  zstd   order 0")?;
         }
         for (code, line) in &run.languages {
             let number = |value: Option<f64>| value.map_or_else(|| "    -".to_owned(), |value| format!("{value:5.2}"));
             let (now, first) = (number(line.now), number(line.first));
-            writeln!(f, "    {code:20}  {now}  {first}  {:5.2}  {:5.2}", line.compressor, line.order_0)?;
+            writeln!(
+                f,
+                "    {code:20}  {now}  {first}  {:5.2}  {:5.2}",
+                line.compressor, line.order_0
+            )?;
         }
         if let Some(trouble) = &run.trouble {
             writeln!(f, "  trouble: {trouble}")?;
