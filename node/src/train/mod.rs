@@ -20,6 +20,7 @@ mod gradient;
 mod jobs;
 mod journal;
 mod meeting;
+mod network;
 mod publish;
 mod real;
 mod routes;
@@ -48,6 +49,7 @@ use tokio::task::JoinHandle;
 pub use baselines::{compressor_bits_per_byte, order_0_bits_per_byte};
 pub use datasets::{DataSet, DataSetError, DataSets};
 pub use export::ExportError;
+pub use network::{Planes, TOPIC};
 pub use real::RunBlobs;
 
 pub use routes::routes;
