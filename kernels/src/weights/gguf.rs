@@ -411,7 +411,7 @@ impl Reader<'_> {
             return texts.collect::<Result<_, _>>().map(Value::Texts);
         }
         let kind = kind_of(field, code)?;
-        let bytes = count.checked_mul(kind.bytes() as u64).unwrap_or(u64::MAX);
+        let bytes = count.saturating_mul(kind.bytes() as u64);
         let range = self.take(field, bytes)?;
         Ok(Value::Numbers { kind, range })
     }
