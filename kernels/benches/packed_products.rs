@@ -34,7 +34,9 @@ fn main() {
 }
 
 fn report(ty: PackedType, rows: usize, cols: usize, n: usize, memory: f64) {
-    let values: Vec<f32> = (0..rows * cols).map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0).collect();
+    let values: Vec<f32> = (0..rows * cols)
+        .map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0)
+        .collect();
     let bytes = narrow(ty, &values).expect("the shapes are whole blocks");
     let copies = (WORKING_SET_BYTES / bytes.len()).clamp(1, 2_000);
     let matrices: Vec<PackedMatrix> = (0..copies)
