@@ -345,8 +345,9 @@ mod tests {
 
     #[test]
     fn every_refusal_says_which_and_why() {
+        type Expected = fn(&Refusal) -> bool;
         let other = KeyPair::from_seed(&[5; 32]);
-        let cases: [(Signed<Certificate>, fn(&Refusal) -> bool); 8] = [
+        let cases: [(Signed<Certificate>, Expected); 8] = [
             (
                 sign(&Certificate {
                     federation: FederationId([1; 32]),
