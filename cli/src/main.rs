@@ -34,6 +34,10 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     log_to_stderr();
+    // The worker has no home and prints nothing: its standard output is the daemon's.
+    if let command::Command::Worker(_) = arguments.command {
+        return command::worker::run();
+    }
     let done = Context::new(&arguments.context).and_then(|context| command::run(&context, arguments.command));
     match done {
         Ok(()) => ExitCode::SUCCESS,

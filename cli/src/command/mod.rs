@@ -7,6 +7,7 @@ mod institution;
 mod invite;
 mod model;
 mod run;
+pub(crate) mod worker;
 
 use clap::Subcommand;
 
@@ -25,6 +26,9 @@ pub(crate) enum Command {
     Invite(invite::Arguments),
     /// Print a completion script for a shell
     Completions(completions::Arguments),
+    /// Own the device and compute for the daemon that started this process
+    #[command(hide = true)]
+    Worker(worker::Arguments),
     /// Bring in, list, show and verify models
     Model(model::Arguments),
 }
@@ -38,6 +42,7 @@ pub(crate) fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Institution(arguments) => institution::run(context, arguments),
         Command::Invite(arguments) => invite::run(context, arguments),
         Command::Completions(arguments) => completions::run(context, arguments),
+        Command::Worker(_) => anyhow::bail!("the worker is started before there is a home"),
         Command::Model(arguments) => model::run(context, arguments),
     }
 }
