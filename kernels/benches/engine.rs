@@ -47,30 +47,16 @@ fn serve(config_json: &str, device: &Device) {
     let mut stage = ServeStage::load(config_json, range, &files, Weights::F32, device).expect("files just written");
     stage.open_session(1, 1_024).expect("room");
     let prompt: Vec<u32> = (0..512).map(|i| i * 97 % 49_152).collect();
-    let mut best = f64::MAX;
-    for _ in 0..3 {
-        let start = Instant::now();
-        stage
-            .forward(1, 0, Input::Tokens(&prompt), Want::LastLogits)
-            .expect("a valid prompt");
-        best = best.min(start.elapsed().as_secs_f64());
-    }
-    println!("135 M f32: prefill of 512 tokens: {:.0} tok/s", 512.0 / best);
-    let mut best = f64::MAX;
-    for _ in 0..4 {
-        let start = Instant::now();
-        for position in 512..528 {
-            stage
-                .forward(1, position, Input::Tokens(&[7]), Want::LastLogits)
-                .expect("room");
+    measure("135 M f32: prefill of 512", 512, || {
+        let input = Input::Tokens(&prompt);
+        stage.forward(1, 0, input, Want::LastLogits).expect("a valid prompt");
+    });
+    measure("135 M f32: decode", 32, || {
+        for position in 512..544 {
+            let input = Input::Tokens(&[7]);
+            stage.forward(1, position, input, Want::LastLogits).expect("room");
         }
-        best = best.min(start.elapsed().as_secs_f64() / 16.0);
-    }
-    println!(
-        "135 M f32: decode: {:.1} tok/s, {:.1} ms a token",
-        1.0 / best,
-        best * 1e3
-    );
+    });
 }
 
 fn train(name: &str, config_json: &str, batch: u32, seq: u32, steps: u32, device: &Device) {

@@ -12,6 +12,7 @@ use thiserror::Error;
 
 use crate::device::Device;
 use crate::model::{Config, ConfigError, layout};
+use crate::weights::WeightsError;
 use cpu::{Engine, Sequence};
 use weights::StageWeights;
 
@@ -28,8 +29,8 @@ pub enum StageError {
     Range { first: u32, end: u32, blocks: u32 },
     #[error("the stage takes {expected} part files, not {found}")]
     PartCount { expected: usize, found: usize },
-    #[error("part file {file}: {reason}")]
-    File { file: String, reason: String },
+    #[error("part file {reason}")]
+    Part { reason: String },
     #[error("no session {session} is open")]
     NoSession { session: u64 },
     #[error("{SESSIONS_MAX} sessions are open, which is the limit")]
@@ -50,6 +51,15 @@ pub enum StageError {
     Kind { takes: &'static str },
     #[error("the input holds numbers that are not finite")]
     NotFinite,
+}
+
+impl StageError {
+    /// The error names the file and the tensor.
+    fn part(error: WeightsError) -> Self {
+        Self::Part {
+            reason: error.to_string(),
+        }
+    }
 }
 
 /// What goes into a stage.
@@ -106,7 +116,7 @@ impl ServeStage {
     /// Loads `range` from its part files, in the order of parts.
     ///
     /// The last stage of a model whose projection is its embedding needs it too, unless it is also the first: the head's
-    /// file holds it as `lm_head.weight` or `model.embed_tokens.weight`, or the embedding's file is given after the rest.
+    /// file holds it as `lm_head.weight`, or the embedding's file is given after the rest.
     ///
     /// # Errors
     ///

@@ -1,17 +1,15 @@
 //! The weights of a stage, from the part files that hold them.
 
 use std::path::Path;
-use std::sync::Arc;
 
-use memmap2::Mmap;
 use polder_protocol::layout::{BlockRange, Layout, PartLayout, TensorLayout};
 use polder_protocol::work::Weights;
-use safetensors::{Dtype, SafeTensors};
 
 use super::StageError;
 use super::cpu::Matrix;
 use crate::model::Config;
-use crate::quant::{PackedBytes, PackedMatrix, PackedType};
+use crate::quant::PackedMatrix;
+use crate::weights::PartFile;
 
 /// What a stage holds.
 #[derive(Debug)]
@@ -50,7 +48,7 @@ impl StageWeights {
     /// Reads the parts of `range`.
     ///
     /// The last stage of a model whose projection is its embedding finds it, unless it is also the first, in the head's
-    /// file (as `lm_head.weight` or `model.embed_tokens.weight`), or in the embedding's file, given after its own.
+    /// file as `lm_head.weight`, or in the embedding's file, given after its own.
     pub(super) fn read<P: AsRef<Path>>(
         config: &Config,
         layout: &Layout,
@@ -116,34 +114,23 @@ impl StageWeights {
 
 /// One part file, and the tensors that it must hold, in order.
 struct PartReader<'a> {
-    file: String,
-    map: Arc<Mmap>,
+    file: PartFile,
     tensors: std::slice::Iter<'a, TensorLayout>,
     form: Weights,
 }
 
 impl<'a> PartReader<'a> {
     fn open(file: &Path, part: &'a PartLayout, form: Weights) -> Result<Self, StageError> {
-        let name = file.display().to_string();
-        let unreadable = |error: std::io::Error| StageError::File {
-            file: name.clone(),
-            reason: error.to_string(),
-        };
-        let open = std::fs::File::open(file).map_err(unreadable)?;
-        // SAFETY: part files are content-addressed and never written again; the daemon that named this one owns it.
-        let map = unsafe { Mmap::map(&open) }.map_err(unreadable)?;
         Ok(Self {
-            file: name,
-            map: Arc::new(map),
+            file: PartFile::open(file).map_err(StageError::part)?,
             tensors: part.tensors.iter(),
             form,
         })
     }
 
-    fn wrong(&self, reason: impl Into<String>) -> StageError {
-        StageError::File {
-            file: self.file.clone(),
-            reason: reason.into(),
+    fn wrong(&self, name: &str, reason: String) -> StageError {
+        StageError::Part {
+            reason: format!("{}: `{name}` {reason}", self.file.path().display()),
         }
     }
 
@@ -172,15 +159,8 @@ impl<'a> PartReader<'a> {
 
     /// The embedding, kept in the head's file for a stage that holds the head alone.
     fn borrowed(&self, config: &Config) -> Result<Matrix, StageError> {
-        let names = ["lm_head.weight", "model.embed_tokens.weight"];
-        let tensors = self.tensors()?;
-        let Some(name) = names.into_iter().find(|name| tensors.tensor(name).is_ok()) else {
-            return Err(self.wrong(
-                "holds no projection: the model's projection is its embedding, and that part's file was not given",
-            ));
-        };
         let layout = TensorLayout {
-            name: name.to_owned(),
+            name: "lm_head.weight".to_owned(),
             // A checked configuration has sizes within 32 bits.
             shape: vec![config.vocabulary as u32, config.hidden as u32],
         };
@@ -194,65 +174,32 @@ impl<'a> PartReader<'a> {
         }
     }
 
-    fn tensors(&self) -> Result<SafeTensors<'_>, StageError> {
-        SafeTensors::deserialize(&self.map).map_err(|error| self.wrong(error.to_string()))
-    }
-
     /// The next tensor of the layout.
     fn next(&mut self) -> Result<PackedMatrix, StageError> {
         match self.tensors.next() {
             Some(layout) => self.read(layout),
-            None => Err(self.wrong("has too few tensors in its layout")),
+            None => Err(self.wrong("", "is beyond the part's layout".to_owned())),
         }
     }
 
     /// A tensor, checked against its layout; a vector is one row.
     fn read(&self, layout: &TensorLayout) -> Result<PackedMatrix, StageError> {
-        let (rows, cols) = match layout.shape.as_slice() {
-            [cols] => (1, *cols as usize),
-            [rows, cols] => (*rows as usize, *cols as usize),
-            _ => return Err(self.wrong(format!("`{}` has neither one nor two dimensions", layout.name))),
-        };
-        let malformed = |error: safetensors::SafeTensorError| self.wrong(error.to_string());
-        let (_, metadata) = SafeTensors::read_metadata(&self.map).map_err(malformed)?;
-        let tensors = self.tensors()?;
-        let tensor = tensors.tensor(&layout.name).map_err(malformed)?;
-        let packed = metadata
-            .metadata()
-            .as_ref()
-            .and_then(|entries| entries.get(&format!("packed.{}", layout.name)));
-        let (ty, shape) = match packed {
-            Some(text) => {
-                let mut words = text.split_whitespace();
-                let ty: PackedType = words
-                    .next()
-                    .unwrap_or_default()
-                    .parse()
-                    .map_err(|error| self.wrong(format!("`{}`: {error}", layout.name)))?;
-                (ty, words.map(|word| word.parse().unwrap_or(0)).collect::<Vec<u32>>())
-            }
-            None => {
-                let ty = match tensor.dtype() {
-                    Dtype::F32 => PackedType::F32,
-                    Dtype::F16 => PackedType::F16,
-                    Dtype::BF16 => PackedType::BF16,
-                    other => return Err(self.wrong(format!("`{}` is in {other:?}, which is not read", layout.name))),
-                };
-                let shape = tensor.shape().iter().map(|dim| u32::try_from(*dim).unwrap_or(0));
-                (ty, shape.collect())
-            }
-        };
-        if shape != layout.shape {
-            return Err(self.wrong(format!(
-                "`{}` has shape {shape:?}, and the configuration asks for {:?}",
-                layout.name, layout.shape
-            )));
+        let source = self.file.tensor(&layout.name).map_err(StageError::part)?;
+        let same = source.shape.len() == layout.shape.len()
+            && source
+                .shape
+                .iter()
+                .zip(&layout.shape)
+                .all(|(found, asked)| *found == *asked as usize);
+        if !same {
+            let (found, asked) = (&source.shape, &layout.shape);
+            return Err(self.wrong(
+                &layout.name,
+                format!("has shape {found:?}, and the configuration asks for {asked:?}"),
+            ));
         }
-        // The view lies within the map, so the difference of addresses is its place in it.
-        let start = (tensor.data().as_ptr() as usize).saturating_sub(self.map.as_ptr() as usize);
-        let range = start..start.saturating_add(tensor.data().len());
-        let bytes =
-            PackedBytes::mapped(self.map.clone(), range).ok_or_else(|| self.wrong("is shorter than it says"))?;
-        PackedMatrix::new(ty, rows, cols, bytes).map_err(|error| self.wrong(format!("`{}`: {error}", layout.name)))
+        source
+            .packed()
+            .map_err(|error| self.wrong(&layout.name, error.to_string()))
     }
 }
