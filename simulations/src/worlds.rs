@@ -27,7 +27,7 @@ pub(crate) enum Flaw {
 /// One node's part in a world. Node 0 is the steward.
 #[derive(Debug, Clone)]
 pub(crate) struct Plan {
-    /// Zero for a steward that does not train.
+    /// Zero for a steward that does not train; fewer than all for a stage.
     pub(crate) blocks_max: u32,
     pub(crate) joins_at: Instant,
     /// It does not come back after the faults.
@@ -128,12 +128,15 @@ pub(crate) fn node_id(host: usize) -> NodeId {
 }
 
 fn plan(index: usize, random: &mut Random) -> Plan {
-    let blocks_max = match (index, random.below(10)) {
-        (0, 0..5) => 0,
-        (0 | 1, _) => BLOCKS,
-        (_, 0..5) => BLOCKS,
-        (_, 5..8) => 2,
-        (_, draw) => 1 + 2 * (u32::try_from(draw).unwrap_or(0) % 2), // 1 or 3
+    let draw = random.below(10);
+    let blocks_max = match index {
+        0 if draw < 4 => 0,
+        0 if draw < 7 => 2,
+        0 | 1 => BLOCKS,
+        _ if draw < 5 => BLOCKS,
+        _ if draw < 8 => 2,
+        _ if draw == 8 => 1,
+        _ => 3,
     };
     let late = random.chance(400_000).then(|| Span::seconds(10 + random.below(140)));
     Plan {

@@ -42,6 +42,10 @@ pub enum Input {
 
 /// What a node's owner can want.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "few live at once, and each is used up where it is made"
+)]
 pub enum Command {
     /// Begin a run whose steward is this node.
     Begin {
@@ -97,6 +101,10 @@ pub struct Joining {
 
 /// What the driver must now do, in order.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "few live at once, and each is used up where it is made"
+)]
 pub enum Effect {
     /// Make this durable before going on.
     Persist {
@@ -187,6 +195,10 @@ pub struct RestoredRun {
 
 /// What people and the rest of the daemon may want to know.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "few live at once, and each is used up where it is made"
+)]
 pub enum Report {
     /// A steward speaks of a run that this node does not follow.
     Heard {

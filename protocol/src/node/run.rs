@@ -197,10 +197,10 @@ impl Run {
 
     /// Asks for the first entry, as long as there is none.
     fn log_is_empty(&mut self, ctx: &mut Context<'_>) -> bool {
-        if ctx.log.is_empty() {
-            if let Some(steward) = self.steward_hint {
-                self.ask(ctx, steward, 0);
-            }
+        if ctx.log.is_empty()
+            && let Some(steward) = self.steward_hint
+        {
+            self.ask(ctx, steward, 0);
         }
         ctx.log.is_empty()
     }

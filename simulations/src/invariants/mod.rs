@@ -100,8 +100,8 @@ impl Watch {
         Ok(())
     }
 
-    /// Rounds that were closed, and contributions that came late to them.
-    pub(crate) fn rounds(&self) -> (u64, u64) {
+    /// Rounds that were closed, contributions that came late to them, and those of chains.
+    pub(crate) fn rounds(&self) -> (u64, u64, u64) {
         self.one_set.rounds()
     }
 

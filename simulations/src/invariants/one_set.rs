@@ -1,8 +1,8 @@
 //! A round has one committed set, on all nodes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use polder_protocol::log::{Body, Contribution, Round};
+use polder_protocol::log::{Body, Contribution, ReplicaId, Round};
 use polder_protocol::node::{Effect, Persist};
 
 use super::{End, Invariant, Seen};
@@ -10,13 +10,21 @@ use super::{End, Invariant, Seen};
 #[derive(Debug, Default)]
 pub(crate) struct OneSet {
     sets: BTreeMap<Round, Vec<Contribution>>,
+    /// Replicas of several stages.
+    chains: BTreeSet<ReplicaId>,
 }
 
 impl OneSet {
-    /// Rounds that were closed, and contributions that came late to them.
-    pub(crate) fn rounds(&self) -> (u64, u64) {
-        let late = |(round, set): (&Round, &Vec<Contribution>)| set.iter().filter(|one| one.base < *round).count();
-        (self.sets.len() as u64, self.sets.iter().map(late).sum::<usize>() as u64)
+    /// Rounds that were closed, contributions that came late to them, and those of chains.
+    pub(crate) fn rounds(&self) -> (u64, u64, u64) {
+        let all = || {
+            self.sets
+                .iter()
+                .flat_map(|(round, set)| set.iter().map(move |one| (round, one)))
+        };
+        let late = all().filter(|(round, one)| one.base < **round).count();
+        let of_chains = all().filter(|(_, one)| self.chains.contains(&one.replica)).count();
+        (self.sets.len() as u64, late as u64, of_chains as u64)
     }
 }
 
@@ -33,8 +41,13 @@ impl Invariant for OneSet {
         else {
             return Ok(());
         };
-        let Body::Closed { round, set, .. } = &entry.body else {
-            return Ok(());
+        let (round, set) = match &entry.body {
+            Body::Closed { round, set, .. } => (round, set),
+            Body::Replica { id, stages, .. } if stages.len() > 1 => {
+                self.chains.insert(*id);
+                return Ok(());
+            }
+            _ => return Ok(()),
         };
         let first = self.sets.entry(*round).or_insert_with(|| set.clone());
         if first != set {
