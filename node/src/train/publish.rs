@@ -2,6 +2,7 @@
 
 use polder_protocol::epoch::Epoch;
 use polder_protocol::hash::EpochId;
+use polder_protocol::layout::{Layout, PartLayout};
 use serde_json::Value;
 
 use super::export::write_safetensors;
@@ -21,11 +22,17 @@ impl TrainHandle {
         self.jobs.tokenizer(run, &spec).await.map_err(super::blob_error)?;
         let work = self.jobs.folder(run).join("work");
         let (mut parts, mut part_bytes) = (Vec::new(), Vec::new());
+        let config: Value = serde_json::from_str(&spec.config_json).unwrap_or_default();
+        let head = states.len().saturating_sub(1);
+        let mut copy = projection_of_tied(&config, &spec.layout).zip(states.first().cloned());
         for (index, state) in states.into_iter().enumerate() {
             let path = work.join(format!("{index}.safetensors"));
             let layout = spec.layout.parts.get(index).cloned().unwrap_or_default();
+            let copy = if index == head { copy.take() } else { None };
             let written = tokio::task::spawn_blocking(move || {
-                write_safetensors(&path, &[(&layout, state.as_path())])?;
+                let mut sources = vec![(&layout, state.as_path())];
+                sources.extend(copy.iter().map(|(layout, state)| (layout, state.as_path())));
+                write_safetensors(&path, &sources)?;
                 let bytes = read(&path);
                 // The blob store has its own copy from here on.
                 let _ = std::fs::remove_file(&path);
@@ -36,7 +43,6 @@ impl TrainHandle {
             // Kept for the epoch's name, so that the run's housekeeping leaves it alone.
             parts.push(self.put(polder_protocol::hash::RunId::default(), bytes).await?);
         }
-        let config: Value = serde_json::from_str(&spec.config_json).unwrap_or_default();
         let languages = status.languages.iter();
         let evaluation = languages.filter_map(|(language, line)| {
             let bits = super::jobs::millionths(line.now?);
@@ -61,6 +67,17 @@ impl TrainHandle {
     }
 }
 
+/// The embedding under the name of the output projection, where a model uses one for both: the head's part carries a
+/// copy, so that a stage with the head needs no part but its own.
+fn projection_of_tied(config: &Value, layout: &Layout) -> Option<PartLayout> {
+    let mut embedding = layout.parts.first()?.clone();
+    let [tensor] = embedding.tensors.as_mut_slice() else {
+        return None;
+    };
+    tensor.name = "lm_head.weight".to_owned();
+    (config["tie_word_embeddings"] == true).then_some(embedding)
+}
+
 fn id(value: &Value) -> Option<u32> {
     value.as_u64().and_then(|id| u32::try_from(id).ok())
 }
@@ -70,5 +87,34 @@ fn ids(value: &Value) -> Vec<u32> {
     match value {
         Value::Array(values) => values.iter().filter_map(id).collect(),
         value => id(value).into_iter().collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use polder_protocol::layout::TensorLayout;
+    use serde_json::json;
+
+    #[test]
+    fn the_head_of_a_tied_model_gets_the_embedding_under_its_own_name() {
+        let embedding = TensorLayout {
+            name: "model.embed_tokens.weight".to_owned(),
+            shape: vec![4, 2],
+        };
+        let part = PartLayout {
+            tensors: vec![embedding],
+        };
+        let layout = Layout {
+            parts: vec![part, PartLayout::default(), PartLayout::default()],
+        };
+        let tied = projection_of_tied(&json!({"tie_word_embeddings": true}), &layout).unwrap();
+        assert_eq!(tied.tensors[0].name, "lm_head.weight");
+        assert_eq!(tied.tensors[0].shape, [4, 2]);
+        assert_eq!(
+            projection_of_tied(&json!({"tie_word_embeddings": false}), &layout),
+            None
+        );
+        assert_eq!(projection_of_tied(&json!({}), &layout), None);
     }
 }
