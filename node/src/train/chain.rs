@@ -59,7 +59,9 @@ pub(super) async fn train(
     jobs.board.preparing(training.run);
     if stage == 0 {
         let tokenizer = jobs.tokenizer(training.run, spec).await?;
-        desk.load_data((spec.tokenizer, &tokenizer), jobs.texts(spec)?).await?;
+        jobs.texts_loaded
+            .load((spec.tokenizer, &tokenizer), jobs.texts(spec)?)
+            .await?;
     }
     desk.load(training.run, spec, own.range, starts).await?;
     let (before, after) = meet(jobs, training, stages, stage).await?;

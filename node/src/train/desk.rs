@@ -16,16 +16,11 @@ use super::world::{Compute, TRAINING_STAGE};
 pub(super) struct Desk {
     compute: Arc<dyn Compute>,
     stage: Option<(u64, RunId, BlockRange)>,
-    data: Option<(u64, BlobId, Vec<PathBuf>)>,
 }
 
 impl Desk {
     pub(super) fn new(compute: Arc<dyn Compute>) -> Self {
-        Self {
-            compute,
-            stage: None,
-            data: None,
-        }
+        Self { compute, stage: None }
     }
 
     /// Loads the stage, or gives the one that is loaded the parameters in `part_files`.
@@ -67,27 +62,6 @@ impl Desk {
         self.stage = None;
     }
 
-    /// Makes these texts the ones that batches come from.
-    pub(super) async fn load_data(&mut self, tokenizer: (BlobId, &Path), files: Vec<PathBuf>) -> Result<(), JobError> {
-        let (tokenizer, tokenizer_path) = tokenizer;
-        let wanted = (self.compute.life(), tokenizer, files);
-        if self.data.as_ref() == Some(&wanted) {
-            return Ok(());
-        }
-        self.data = None;
-        let task = Task::TrainData {
-            tokenizer_file: utf8(tokenizer_path)?,
-            text_files: wanted.2.iter().map(|path| utf8(path)).collect::<Result<_, _>>()?,
-        };
-        self.order(task, Bytes::new(), |answer, _| match answer {
-            Answer::Data { .. } => Ok(()),
-            other => Err(other),
-        })
-        .await?;
-        self.data = Some(wanted);
-        Ok(())
-    }
-
     /// Orders, and takes from the answer what `read` finds in it.
     pub(super) async fn order<T>(
         &self,
@@ -96,6 +70,41 @@ impl Desk {
         read: impl FnOnce(Answer, Bytes) -> Result<T, Answer>,
     ) -> Result<T, JobError> {
         order(self.compute.as_ref(), task, payload, read).await
+    }
+}
+
+/// The texts and the tokenizer in the worker. Training and scoring both need them, at different times.
+pub(super) struct Texts {
+    compute: Arc<dyn Compute>,
+    loaded: tokio::sync::Mutex<Option<(u64, BlobId, Vec<PathBuf>)>>,
+}
+
+impl Texts {
+    pub(super) fn new(compute: Arc<dyn Compute>) -> Self {
+        let loaded = tokio::sync::Mutex::default();
+        Self { compute, loaded }
+    }
+
+    /// Makes these texts the ones that batches come from.
+    pub(super) async fn load(&self, tokenizer: (BlobId, &Path), files: Vec<PathBuf>) -> Result<(), JobError> {
+        let (tokenizer, tokenizer_path) = tokenizer;
+        let wanted = (self.compute.life(), tokenizer, files);
+        let mut loaded = self.loaded.lock().await;
+        if loaded.as_ref() == Some(&wanted) {
+            return Ok(());
+        }
+        *loaded = None;
+        let task = Task::TrainData {
+            tokenizer_file: utf8(tokenizer_path)?,
+            text_files: wanted.2.iter().map(|path| utf8(path)).collect::<Result<_, _>>()?,
+        };
+        order(self.compute.as_ref(), task, Bytes::new(), |answer, _| match answer {
+            Answer::Data { .. } => Ok(()),
+            other => Err(other),
+        })
+        .await?;
+        *loaded = Some(wanted);
+        Ok(())
     }
 }
 

@@ -18,7 +18,7 @@ use polder_protocol::run::{Evaluation, RunSpec};
 use polder_protocol::work::{Answer, Task};
 
 use super::datasets::DataSets;
-use super::desk::{Desk, done, order, utf8};
+use super::desk::{Desk, Texts, done, order, utf8};
 use super::meeting::Meeting;
 use super::status::Board;
 use super::world::{Blobs, Compute, Network, SCORING_STAGE};
@@ -54,6 +54,8 @@ pub(super) struct Jobs {
     pub(super) meeting_patience: Duration,
     /// One round is trained at a time.
     pub(super) desk: tokio::sync::Mutex<Desk>,
+    /// What the worker has to read.
+    pub(super) texts_loaded: Texts,
     /// The folder of all runs.
     pub(super) runs: PathBuf,
 }
@@ -267,11 +269,7 @@ impl Jobs {
         // Scoring uses the run's tokenizer, which the worker takes with its data.
         let tokenizer = self.tokenizer(run, spec).await?;
         let texts = self.texts(spec).unwrap_or_default();
-        self.desk
-            .lock()
-            .await
-            .load_data((spec.tokenizer, &tokenizer), texts)
-            .await?;
+        self.texts_loaded.load((spec.tokenizer, &tokenizer), texts).await?;
         let compute = self.compute.as_ref();
         let load = Task::TrainLoad {
             stage: SCORING_STAGE,

@@ -56,7 +56,7 @@ pub use routes::routes;
 pub use status::{LanguageStatus, ReplicaStatus, RoundReport, RunStatus};
 pub use world::{Blobs, Compute, Link, Network};
 
-use desk::Desk;
+use desk::{Desk, Texts};
 use driver::{Ask, Driver, Participant};
 use jobs::{JobError, Jobs};
 use meeting::{Meeting, Opening};
@@ -151,6 +151,7 @@ pub fn start(
     let runs = config.home.join("runs");
     let jobs = Arc::new(Jobs {
         desk: tokio::sync::Mutex::new(Desk::new(Arc::clone(&compute))),
+        texts_loaded: Texts::new(Arc::clone(&compute)),
         compute,
         blobs,
         network,

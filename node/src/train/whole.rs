@@ -26,7 +26,7 @@ pub(super) async fn train(jobs: &Jobs, training: &Training, range: BlockRange) -
     }
     let mut desk = jobs.desk.lock().await;
     jobs.board.preparing(training.run);
-    desk.load_data((spec.tokenizer, &tokenizer), texts).await?;
+    jobs.texts_loaded.load((spec.tokenizer, &tokenizer), texts).await?;
     desk.load(training.run, spec, range, starts).await?;
     let (mut losses, mut tokens) = (Vec::new(), 0u64);
     let mut slice = 1;

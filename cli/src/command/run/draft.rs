@@ -8,14 +8,13 @@ use anyhow::{Context as _, ensure};
 use polder_node::train::{NewRun, compressor_bits_per_byte, order_0_bits_per_byte};
 use polder_protocol::hash::{BlobId, FederationId, NodeId};
 use polder_protocol::run::{Evaluation, HeldOut, RunSpec};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::file::{EvaluationTable, RunFile};
 
-/// Ids of a byte tokenizer: the bytes, and the end of a text.
-const BYTE_VOCABULARY: u32 = 257;
 /// Names under which tokenizers keep the token that ends a text.
-const END_TOKENS: [&str; 6] = [
+const END_TOKENS: [&str; 7] = [
+    "<|end|>",
     "</s>",
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -27,14 +26,13 @@ const END_TOKENS: [&str; 6] = [
 /// Makes the run; its files lie in `folder`.
 pub(crate) fn draft(file: &RunFile, folder: &Path) -> anyhow::Result<NewRun> {
     let tokenizer_file = folder.join("tokenizer.json");
-    let tokenizer = match file.model.tokenizer.as_str() {
-        "bytes" => byte_tokenizer(),
-        path => {
-            let text = fs::read_to_string(path).with_context(|| format!("cannot read the tokenizer {path}"))?;
-            serde_json::from_str(&text).with_context(|| format!("{path} is no tokenizer.json"))?
-        }
+    let bytes = match file.model.tokenizer.as_str() {
+        "bytes" => polder_worker::byte_tokenizer(),
+        path => fs::read(path).with_context(|| format!("cannot read the tokenizer {path}"))?,
     };
-    fs::write(&tokenizer_file, tokenizer.to_string())?;
+    let tokenizer =
+        serde_json::from_slice(&bytes).with_context(|| format!("{} is no tokenizer.json", file.model.tokenizer))?;
+    fs::write(&tokenizer_file, bytes)?;
     let config_json = config_json(file, &tokenizer)?;
     let (layout, parts) = polder_worker::initial_parameters(&config_json, file.seed)
         .context("the model's dimensions do not fit together")?;
@@ -127,56 +125,6 @@ fn vocabulary(tokenizer: &Value) -> (u32, Option<u32>) {
     (ids.max().map_or(0, |id| id.saturating_add(1)), end.map(|(_, id)| *id))
 }
 
-/// A `tokenizer.json` whose tokens are the bytes, with their values as ids.
-fn byte_tokenizer() -> Value {
-    let vocabulary: Map<String, Value> = (0..=255u8)
-        .map(|byte| (stand_in(byte).to_string(), json!(byte)))
-        .collect();
-    json!({
-        "version": "1.0",
-        "truncation": null,
-        "padding": null,
-        "added_tokens": [{
-            "id": BYTE_VOCABULARY - 1,
-            "content": "<|endoftext|>",
-            "single_word": false,
-            "lstrip": false,
-            "rstrip": false,
-            "normalized": false,
-            "special": true
-        }],
-        "normalizer": null,
-        "pre_tokenizer": { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
-        "post_processor": null,
-        "decoder": { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
-        "model": {
-            "type": "BPE",
-            "dropout": null,
-            "unk_token": null,
-            "continuing_subword_prefix": null,
-            "end_of_word_suffix": null,
-            "fuse_unk": false,
-            "byte_fallback": false,
-            "ignore_merges": false,
-            "vocab": vocabulary,
-            "merges": []
-        }
-    })
-}
-
-/// The visible character that byte-level tokenizers write for a byte: itself, or one from U+0100 on.
-fn stand_in(byte: u8) -> char {
-    let visible = |byte: &u8| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
-    if visible(&byte) {
-        return char::from(byte);
-    }
-    let before = (0..byte).filter(|other| !visible(other)).count();
-    u32::try_from(before)
-        .ok()
-        .and_then(|before| char::from_u32(0x100 + before))
-        .unwrap_or(' ')
-}
-
 /// Reads the held-out texts and computes what they are compared with.
 fn evaluation(table: &EvaluationTable) -> anyhow::Result<Evaluation> {
     let mut found = Evaluation::default();
@@ -214,16 +162,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_byte_tokenizer_has_a_token_for_every_byte_and_an_end() {
-        let tokenizer = byte_tokenizer();
-        assert_eq!(vocabulary(&tokenizer), (257, Some(256)));
-        let vocabulary = tokenizer["model"]["vocab"].as_object().unwrap();
-        assert_eq!(vocabulary.len(), 256);
-        // As GPT-2's: a space is Ġ, a line feed is Ċ.
-        assert_eq!(
-            (&vocabulary["Ġ"], &vocabulary["Ċ"], &vocabulary["é"]),
-            (&json!(32), &json!(10), &json!(0xe9))
-        );
+    fn the_vocabulary_ends_after_the_largest_id_and_the_end_of_text_is_found() {
+        let tokenizer = serde_json::from_slice(&polder_worker::byte_tokenizer()).unwrap();
+        assert_eq!(vocabulary(&tokenizer), (258, Some(257)));
+        assert_eq!(vocabulary(&json!({})), (0, None));
     }
 
     #[test]

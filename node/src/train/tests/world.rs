@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::super::datasets::DataSets;
-use super::super::desk::Desk;
+use super::super::desk::{Desk, Texts};
 use super::super::jobs::Jobs;
 use super::super::meeting::Meeting;
 use super::super::status::Board;
@@ -137,6 +137,7 @@ impl Hub {
             data: Arc::new(Mutex::new(data)),
             meeting: Meeting::default(),
             meeting_patience: Duration::from_millis(300),
+            texts_loaded: Texts::new(toy.clone()),
             desk: tokio::sync::Mutex::new(Desk::new(toy.clone())),
             runs: home.path().join("runs"),
         });
