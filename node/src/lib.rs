@@ -12,6 +12,9 @@ pub mod enrol;
 pub mod gate;
 pub mod members;
 
+// Who serves what.
+pub mod directory;
+
 // The device's process, and when it may work.
 pub mod contribute;
 pub mod device;
