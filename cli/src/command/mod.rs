@@ -2,11 +2,14 @@
 
 mod charter;
 mod completions;
+mod control;
 mod data;
 mod institution;
 mod invite;
+mod join;
 mod model;
 mod run;
+mod status;
 pub(crate) mod worker;
 
 use clap::Subcommand;
@@ -24,6 +27,16 @@ pub(crate) enum Command {
     Institution(institution::Arguments),
     /// Print one line that lets one new node in
     Invite(invite::Arguments),
+    /// Run this machine's node: lend its device, hold its data, ask its models
+    Join(join::Arguments),
+    /// End the node in order
+    Leave,
+    /// Give the device back to its owner now
+    Pause,
+    /// Lend the device again
+    Resume,
+    /// Show what the node does
+    Status,
     /// Print a completion script for a shell
     Completions(completions::Arguments),
     /// Own the device and compute for the daemon that started this process
@@ -41,6 +54,11 @@ pub(crate) fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Charter(arguments) => charter::run(context, arguments),
         Command::Institution(arguments) => institution::run(context, arguments),
         Command::Invite(arguments) => invite::run(context, arguments),
+        Command::Join(arguments) => join::run(context, arguments),
+        Command::Leave => control::leave(context),
+        Command::Pause => control::pause(context),
+        Command::Resume => control::resume(context),
+        Command::Status => status::run(context),
         Command::Completions(arguments) => completions::run(context, arguments),
         Command::Worker(_) => anyhow::bail!("the worker is started before there is a home"),
         Command::Model(arguments) => model::run(context, arguments),

@@ -1,7 +1,307 @@
 //! Start, stop, configuration: the one place that wires everything together.
 
+mod admin;
 mod config;
 mod local;
+mod membership;
+mod network;
+mod status;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use polder_protocol::hash::hex;
+use polder_protocol::identity::KeyPair;
+use polder_protocol::invite::Invite;
+use polder_protocol::charter::Capabilities;
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
 
 pub use config::{Config, ConfigError, Contribute};
 pub use local::LocalApi;
+pub use status::{DeviceStatus, FederationStatus, PeerStatus, Status, TrafficStatus};
+
+use crate::control::{self, ControlConfig, ControlError, ControlHandle};
+use crate::data::{BlobError, BlobStore, DataConfig, DataError, DataPlane};
+use crate::device::{Device, Process};
+use crate::enrol::EnrolError;
+use crate::gate::{AddressBook, Gate};
+use crate::home::{Home, HomeError, HomeLock, KnownPeer, random_32};
+use crate::members::{Members, MembersError};
+use crate::train::{self, TrainConfig, TrainError, TrainHandle};
+use network::{LateBook, hang_up_on_the_lost};
+
+/// What parts of the node get to finish in when it stops.
+const STOP_TIME_MAX: Duration = Duration::from_secs(4);
+
+/// How often the peers that are present are kept for the next start.
+const REMEMBER_EVERY: Duration = Duration::from_secs(30);
+
+/// Why a node does not run.
+#[derive(Debug, Error)]
+#[expect(missing_docs, reason = "each message is its own documentation")]
+pub enum DaemonError {
+    #[error(transparent)]
+    Home(#[from] HomeError),
+    #[error(transparent)]
+    Members(#[from] MembersError),
+    #[error("this node is not enrolled")]
+    Enrol(#[from] EnrolError),
+    #[error("no gateway of the invite let this node in")]
+    Door { source: ControlError },
+    #[error("the invite names no gateway")]
+    NoDoor,
+    #[error("the control plane does not start")]
+    Control(#[source] ControlError),
+    #[error("the data plane does not start")]
+    Data(#[from] DataError),
+    #[error("the store of blobs cannot be used")]
+    Blobs(#[from] BlobError),
+    #[error("training does not start")]
+    Train(#[from] TrainError),
+    #[error("the local interface cannot listen on {address}: {source}")]
+    Api { address: SocketAddr, source: io::Error },
+    #[error("cannot {what}")]
+    System { what: &'static str, source: io::Error },
+}
+
+/// A node that runs.
+pub struct Daemon {
+    home: Home,
+    _lock: HomeLock,
+    shared: Arc<Shared>,
+    started: Started,
+}
+
+/// What a person wants to read when a node has started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Started {
+    /// The node's id.
+    pub node: String,
+    /// What the federation is called.
+    pub federation: String,
+    /// What the institution is called.
+    pub institution: String,
+    /// The local interface.
+    pub api: SocketAddr,
+    /// Where the control plane listens.
+    pub control: Vec<String>,
+    /// Where the data plane listens.
+    pub data: SocketAddr,
+}
+
+/// What the local interface and the daemon's tasks share.
+pub(crate) struct Shared {
+    pub(crate) began: Instant,
+    pub(crate) home: Home,
+    pub(crate) config: Config,
+    pub(crate) members: Arc<Members>,
+    pub(crate) control: ControlHandle,
+    pub(crate) data: DataPlane,
+    pub(crate) device: Device,
+    pub(crate) train: TrainHandle,
+    pub(crate) working: tokio::sync::watch::Sender<Working>,
+    pub(crate) stop: CancellationToken,
+}
+
+/// Whether this node works, and why not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Working {
+    Yes,
+    No(String),
+}
+
+impl Daemon {
+    /// Starts the node in `home`, enrolling it first where there is an `invite`. Call it within a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// [`DaemonError`] says which part does not start, and why.
+    pub async fn start(home: Home, config: Config, invite: Option<&Invite>) -> Result<Self, DaemonError> {
+        let lock = home.lock()?;
+        let key = home.node_key()?;
+        if let Some(invite) = invite {
+            membership::enrol(&home, key.seed(), invite).await?;
+        }
+        let members = Arc::new(Members::open(&home)?);
+        let gate: Arc<dyn Gate> = Arc::clone(&members) as Arc<dyn Gate>;
+        let blobs = BlobStore::open(home.root())?;
+        let book = Arc::new(LateBook::default());
+        let data = DataPlane::start(
+            DataConfig::new(key.seed(), SocketAddr::new(config.listen, config.data_port)),
+            Arc::clone(&gate),
+            Arc::clone(&book) as Arc<dyn AddressBook>,
+            blobs,
+        )?;
+        let control = start_control(&home, &config, &key, &members, gate, &data).await?;
+        // Set once, here.
+        let _ = book.0.set(control.clone());
+        membership::keep(&home, &members, &control);
+        let device = start_device(&config)?;
+        let planes = train::Planes::new(control.clone(), data.clone());
+        let stop = CancellationToken::new();
+        let (train, _) = train::start(
+            TrainConfig {
+                home: home.root().to_owned(),
+                federation: members.federation(),
+                train: config.train && members.capabilities().has(Capabilities::TRAIN),
+                blocks_max: config.blocks_max,
+            },
+            Arc::new(KeyPair::from_seed(&key.seed())),
+            Arc::new(device.clone()),
+            Arc::new(train::RunBlobs::new(data.clone(), home.root().join("runs"))),
+            Arc::new(planes.clone()),
+        )?;
+        planes.listen(train.clone(), stop.clone());
+        hang_up_on_the_lost(&control, &data);
+        let shared = Arc::new(Shared {
+            began: Instant::now(),
+            home: home.clone(),
+            config,
+            members,
+            control,
+            data,
+            device,
+            train,
+            working: tokio::sync::watch::Sender::new(Working::Yes),
+            stop,
+        });
+        obey(&shared);
+        let api = serve_api(&shared).await?;
+        let started = shared.started(api)?;
+        Ok(Self { home, _lock: lock, shared, started })
+    }
+
+    /// What a person wants to read now.
+    pub fn started(&self) -> &Started {
+        &self.started
+    }
+
+    /// Runs until somebody asks it to stop over the local interface.
+    pub async fn asked_to_stop(&self) {
+        self.shared.stop.cancelled().await;
+    }
+
+    /// How many members are connected now.
+    pub fn peers(&self) -> usize {
+        self.shared.control.present().len()
+    }
+
+    /// Stops: finishes what is under way, tells the peers, gives the device back.
+    pub async fn stop(self) {
+        self.shared.stop.cancel();
+        membership::remember(&self.home, &self.shared.control);
+        let stopping = async {
+            self.shared.train.shutdown().await;
+            self.shared.control.clone().shutdown().await;
+            self.shared.data.shutdown().await;
+        };
+        if tokio::time::timeout(STOP_TIME_MAX, stopping).await.is_err() {
+            tracing::warn!("some of the node did not stop in time; everything that was acknowledged is on disk");
+        }
+        self.shared.device.kill();
+        LocalApi::remove(self.home.root());
+    }
+}
+
+impl Shared {
+    fn started(&self, api: SocketAddr) -> Result<Started, DaemonError> {
+        let own = KnownPeer {
+            node: self.control.node().to_string(),
+            control: self.control.listen_addresses(),
+            data: vec![self.data.local_address()],
+        };
+        self.home.save_addresses(&own)?;
+        Ok(Started {
+            node: own.node,
+            federation: self.members.federation_name(),
+            institution: self.members.institution_name(),
+            api,
+            control: own.control,
+            data: self.data.local_address(),
+        })
+    }
+}
+
+async fn start_control(
+    home: &Home,
+    config: &Config,
+    key: &KeyPair,
+    members: &Members,
+    gate: Arc<dyn Gate>,
+    data: &DataPlane,
+) -> Result<ControlHandle, DaemonError> {
+    let family = if config.listen.is_ipv4() { "ip4" } else { "ip6" };
+    let (address, port) = (config.listen, config.control_port);
+    let mut plane = ControlConfig::loopback(key.seed());
+    plane.listen = vec![format!("/{family}/{address}/tcp/{port}"), format!("/{family}/{address}/udp/{port}/quic-v1")];
+    plane.external.clone_from(&config.external);
+    plane.bootstrap = membership::bootstrap(home)?;
+    plane.mdns = config.mdns;
+    plane.upnp = config.upnp;
+    plane.relay_server = members.capabilities().has(Capabilities::RELAY);
+    plane.data_addresses = if config.external_data.is_empty() {
+        vec![data.local_address()]
+    } else {
+        config.external_data.clone()
+    };
+    let (control, _) = control::start(plane, gate).await?;
+    Ok(control)
+}
+
+fn start_device(config: &Config) -> Result<Device, DaemonError> {
+    let program = Process::this_program().map_err(|source| DaemonError::System { what: "find this program", source })?;
+    let mut process = program.device(&config.device);
+    if config.threads > 0 {
+        process = process.threads(usize::try_from(config.threads).unwrap_or(usize::MAX));
+    }
+    Ok(Device::start(process))
+}
+
+/// Ends the worker when this node may not work, and starts it again when it may; keeps the peers now and then.
+fn obey(shared: &Arc<Shared>) {
+    let (decided, shared_) = (shared.working.subscribe(), Arc::clone(shared));
+    let mut decided = decided;
+    tokio::spawn(async move {
+        let mut remember = tokio::time::interval(REMEMBER_EVERY);
+        loop {
+            tokio::select! {
+                changed = decided.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    let now = decided.borrow_and_update().clone();
+                    let works = now == Working::Yes;
+                    if works { shared_.device.start_again() } else { shared_.device.kill() }
+                    if let Err(error) = shared_.train.work(works).await {
+                        tracing::debug!(%error, "training does not hear whether it may work");
+                    }
+                }
+                _ = remember.tick() => membership::remember(&shared_.home, &shared_.control),
+                () = shared_.stop.cancelled() => return,
+            }
+        }
+    });
+}
+
+async fn serve_api(shared: &Arc<Shared>) -> Result<SocketAddr, DaemonError> {
+    let wanted = shared.config.api;
+    let failed = |source| DaemonError::Api { address: wanted, source };
+    let listener = TcpListener::bind(wanted).await.map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?;
+    let api = LocalApi { address, token: hex(&random_32()?), process: std::process::id() };
+    api.write(shared.home.root()).map_err(|source| DaemonError::System { what: "write api.json", source })?;
+    let router: Router = admin::router(Arc::clone(shared), &api.token);
+    let stop = shared.stop.clone();
+    tokio::spawn(async move {
+        let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await;
+        if let Err(error) = served {
+            tracing::error!(%error, "the local interface has stopped");
+        }
+    });
+    Ok(address)
+}

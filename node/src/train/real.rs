@@ -37,9 +37,12 @@ impl Compute for Device {
 }
 
 /// A stream of the data plane between two stages.
-pub(super) struct Stream {
-    pub(super) sender: FrameSender,
-    pub(super) receiver: FrameReceiver,
+#[derive(Debug)]
+pub struct Stream {
+    /// Towards the other stage.
+    pub sender: FrameSender,
+    /// From the other stage.
+    pub receiver: FrameReceiver,
 }
 
 impl Link for Stream {

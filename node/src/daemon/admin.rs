@@ -1,0 +1,65 @@
+//! The administration of a running node over the local interface: for whoever can read its `api.json`.
+
+use std::sync::Arc;
+
+use axum::extract::{Request, State};
+use axum::http::{StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde_json::{Value, json};
+
+use super::{Shared, Status, Working};
+use crate::train;
+
+/// All administrative routes, behind the token.
+pub(super) fn router(shared: Arc<Shared>, token: &str) -> Router {
+    let training = train::routes(shared.train.clone());
+    let expected: Arc<str> = format!("Bearer {token}").into();
+    Router::new()
+        .route("/polder/v1/status", get(status))
+        .route("/polder/v1/pause", post(pause))
+        .route("/polder/v1/resume", post(resume))
+        .route("/polder/v1/leave", post(leave))
+        .with_state(shared)
+        .merge(training)
+        .layer(middleware::from_fn(move |request: Request, next: Next| {
+            let expected = Arc::clone(&expected);
+            async move { check(&expected, request, next).await }
+        }))
+}
+
+async fn check(expected: &str, request: Request, next: Next) -> Response {
+    let shown = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    // Compared by hash, so that the time it takes tells nothing of the token.
+    if blake3::hash(shown.as_bytes()) == blake3::hash(expected.as_bytes()) {
+        return next.run(request).await;
+    }
+    let error = json!({ "error": { "message": "administration needs the token in this node's api.json" } });
+    (StatusCode::UNAUTHORIZED, Json(error)).into_response()
+}
+
+async fn status(State(shared): State<Arc<Shared>>) -> Json<Status> {
+    Json(shared.status())
+}
+
+async fn pause(State(shared): State<Arc<Shared>>) -> Json<Value> {
+    shared.working.send_replace(Working::No("paused by its owner".into()));
+    Json(json!({ "works": false }))
+}
+
+async fn resume(State(shared): State<Arc<Shared>>) -> Json<Value> {
+    shared.working.send_replace(Working::Yes);
+    Json(json!({ "works": true }))
+}
+
+async fn leave(State(shared): State<Arc<Shared>>) -> Json<Value> {
+    let stop = shared.stop.clone();
+    tokio::spawn(async move {
+        // After the answer is on its way.
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        stop.cancel();
+    });
+    Json(json!({ "leaving": true }))
+}

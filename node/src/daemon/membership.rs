@@ -1,0 +1,208 @@
+//! Coming in, staying in, putting out: enrolment with an invite, renewal, and the spread of revocations and charters.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use polder_protocol::hash::NodeId;
+use polder_protocol::invite::Invite;
+
+use super::DaemonError;
+use crate::control::{self, ControlConfig, ControlError, ControlHandle, PeerEvent, Service};
+use crate::enrol::{self, Newcomer};
+use crate::gate::Gate;
+use crate::home::{Home, KnownPeer};
+use crate::members::Members;
+
+/// How often renewal is considered and files are read again, which `polder institution revoke` may have changed.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// Shows the token of `invite` at its doors, one after the other, until one gateway certifies this node.
+pub(super) async fn enrol(home: &Home, seed: [u8; 32], invite: &Invite) -> Result<(), DaemonError> {
+    let mut config = ControlConfig::loopback(seed);
+    // Only to dial from: the node listens once it is a member.
+    config.listen = Vec::new();
+    let gate: Arc<dyn Gate> = Arc::new(Newcomer::new(invite));
+    let (control, driver) = control::start(config, gate).await?;
+    let mut last = None;
+    for door in &invite.doors {
+        let answer = control.request_at(door.node, &door.control, Service::Enrol, enrol::request(invite)).await;
+        match answer {
+            Ok(answer) => {
+                let (home, invite) = (home.clone(), invite.clone());
+                let accepted = blocking(move || enrol::accept(&home, &invite, &answer)).await;
+                control.shutdown().await;
+                driver.abort();
+                accepted?;
+                return Ok(());
+            }
+            Err(error) => last = Some(error),
+        }
+    }
+    control.shutdown().await;
+    driver.abort();
+    Err(last.map_or(DaemonError::NoDoor, |source| DaemonError::Door { source }))
+}
+
+/// Answers newcomers, where this home holds an institution's key, and keeps this node's own membership fresh.
+pub(super) fn keep(home: &Home, members: &Arc<Members>, control: &ControlHandle) {
+    answer_newcomers(home.clone(), Arc::clone(members), control);
+    answer_revocations(Arc::clone(members), control);
+    let (home, members, control) = (home.clone(), Arc::clone(members), control.clone());
+    tokio::spawn(async move {
+        let mut tick = tokio::time::interval(LOOK_EVERY);
+        let mut events = control.events();
+        loop {
+            tokio::select! {
+                _ = tick.tick() => {
+                    reread(&home, &members, &control).await;
+                    renew(&home, &members, &control).await;
+                }
+                event = events.recv() => match event {
+                    Ok(PeerEvent::Joined(record)) => tell(&members, &control, record.node).await,
+                    Ok(_) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
+                    Err(tokio::sync::broadcast::error::RecvError::Closed) => return,
+                },
+            }
+        }
+    });
+}
+
+fn answer_newcomers(home: Home, members: Arc<Members>, control: &ControlHandle) {
+    let mut asked = control.register(Service::Enrol);
+    tokio::spawn(async move {
+        while let Some(incoming) = asked.recv().await {
+            let (home, members) = (home.clone(), Arc::clone(&members));
+            let answer = blocking(move || enrol::handle(&home, &members, incoming.from, &incoming.body)).await;
+            // The newcomer may have gone.
+            let _ = incoming.reply.send(answer);
+        }
+    });
+}
+
+/// Takes charters and lists of revocations that members tell of.
+fn answer_revocations(members: Arc<Members>, control: &ControlHandle) {
+    let mut asked = control.register(Service::Revocations);
+    let control = control.clone();
+    tokio::spawn(async move {
+        while let Some(incoming) = asked.recv().await {
+            if take(&members, &incoming.body) {
+                control.reintroduce().await;
+                for peer in control.present() {
+                    if peer.node != incoming.from {
+                        tell(&members, &control, peer.node).await;
+                    }
+                }
+            }
+            // The teller may have gone.
+            let _ = incoming.reply.send(Vec::new());
+        }
+    });
+}
+
+/// What members tell each other: the chain of charters, and each institution's newest list of revocations.
+type News = (Vec<u8>, Vec<polder_protocol::identity::Signed<polder_protocol::charter::Revocation>>);
+
+fn take(members: &Members, body: &[u8]) -> bool {
+    let Ok((charters, lists)) = postcard::from_bytes::<News>(body) else { return false };
+    let mut changed = polder_protocol::charter::Charters::from_bytes(&charters)
+        .is_ok_and(|charters| members.update(charters));
+    for list in lists {
+        changed |= members.revoke(list).unwrap_or(false);
+    }
+    changed
+}
+
+async fn tell(members: &Members, control: &ControlHandle, to: NodeId) {
+    let news: News = (members.charters().to_bytes(), members.revocations());
+    // News hold nothing that postcard cannot write.
+    let body = postcard::to_allocvec(&news).unwrap_or_default();
+    let control = control.clone();
+    tokio::spawn(async move {
+        if let Err(error) = control.request(to, Service::Revocations, body).await {
+            tracing::debug!(peer = %to.short(), %error, "a peer did not take news of the membership");
+        }
+    });
+}
+
+/// Takes what commands changed on disk while the daemon ran, and keeps what peers told.
+async fn reread(home: &Home, members: &Arc<Members>, control: &ControlHandle) {
+    let (folder, own) = (home.clone(), Arc::clone(members));
+    let changed = blocking(move || {
+        let changed = own.reload(&folder);
+        let lists = own.revocations();
+        if folder.revocations().is_ok_and(|kept| kept != lists)
+            && let Err(error) = folder.save_revocations(&lists)
+        {
+            tracing::warn!(%error, "cannot keep the lists of revocations");
+        }
+        changed
+    })
+    .await;
+    match changed {
+        Ok(true) => {
+            control.reintroduce().await;
+            for peer in control.present() {
+                tell(members, control, peer.node).await;
+            }
+        }
+        Ok(false) => {}
+        Err(error) => tracing::warn!(%error, "cannot read the membership again"),
+    }
+}
+
+/// Asks the institution's gateway for a new certificate once half of the old one's life is over.
+async fn renew(home: &Home, members: &Arc<Members>, control: &ControlHandle) {
+    if !members.wants_renewal() {
+        return;
+    }
+    let own = members.institution();
+    for peer in control.present().into_iter().filter(|peer| peer.institution == own) {
+        let Ok(answer) = control.request(peer.node, Service::Enrol, enrol::renewal_request(members)).await else {
+            continue;
+        };
+        let (home, members) = (home.clone(), Arc::clone(members));
+        match blocking(move || enrol::accept_renewal(&home, &members, &answer)).await {
+            Ok(()) => return control.reintroduce().await,
+            Err(error) => tracing::debug!(peer = %peer.node.short(), %error, "a peer does not renew the certificate"),
+        }
+    }
+}
+
+/// Peers to start from: those of the invite, and those that were met.
+pub(super) fn bootstrap(home: &Home) -> Result<Vec<(NodeId, Vec<String>)>, DaemonError> {
+    let known = home.peers()?;
+    Ok(known.iter().filter_map(|peer| Some((peer.id()?, peer.control.clone()))).collect())
+}
+
+/// Keeps the peers that are present, for the next start.
+pub(super) fn remember(home: &Home, control: &ControlHandle) {
+    let present = control.present();
+    if present.is_empty() {
+        return;
+    }
+    let peers: Vec<KnownPeer> = present
+        .into_iter()
+        .take(64)
+        .map(|peer| KnownPeer {
+            node: peer.node.to_string(),
+            control: peer.control_addresses,
+            data: peer.data_addresses,
+        })
+        .collect();
+    if let Err(error) = home.save_peers(&peers) {
+        tracing::warn!(%error, "cannot keep the peers for the next start");
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(value) => value,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+impl From<ControlError> for DaemonError {
+    fn from(source: ControlError) -> Self {
+        Self::Control(source)
+    }
+}

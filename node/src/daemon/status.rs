@@ -1,0 +1,146 @@
+//! What a node says of itself to `polder status`.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Shared, Working};
+use crate::control::Path;
+use crate::device::Life;
+use crate::train::RunStatus;
+
+/// Everything that `polder status --json` prints.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The node's id.
+    pub node: String,
+    /// Its folder.
+    pub home: String,
+    /// The program's version.
+    pub version: String,
+    /// The daemon's process.
+    pub process: u32,
+    /// Since the daemon started.
+    pub uptime_seconds: u64,
+    /// To which federation it belongs, and by whose word.
+    pub federation: FederationStatus,
+    /// Where the control plane listens, as multiaddrs.
+    pub control: Vec<String>,
+    /// Where the data plane listens.
+    pub data: String,
+    /// Whether it may work now.
+    pub works: bool,
+    /// Why not.
+    pub idle_because: Option<String>,
+    /// The worker.
+    pub device: DeviceStatus,
+    /// Members that it has met.
+    pub peers: Vec<PeerStatus>,
+    /// Training runs that it follows.
+    pub runs: Vec<RunStatus>,
+    /// Bytes on the data plane since the daemon started.
+    pub traffic: TrafficStatus,
+}
+
+/// Of which federation a node is a member.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FederationStatus {
+    /// Its id.
+    pub id: String,
+    /// What it is called.
+    pub name: String,
+    /// The institution that certifies the node.
+    pub institution: String,
+    /// What the node may do.
+    pub capabilities: String,
+}
+
+/// The process that owns the device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStatus {
+    /// Whether it runs.
+    pub running: bool,
+    /// Why it does not.
+    pub reason: Option<String>,
+}
+
+/// A member that the node has met.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerStatus {
+    /// Its id.
+    pub node: String,
+    /// Its institution's name.
+    pub institution: String,
+    /// `direct`, `relayed` or `lost`.
+    pub path: String,
+    /// The last measured round trip in microseconds.
+    pub rtt_micros: Option<u64>,
+    /// Its program and version.
+    pub agent: String,
+    /// Where its data plane answers.
+    pub data: Vec<String>,
+}
+
+/// Bytes on the data plane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrafficStatus {
+    /// Sent.
+    pub sent_bytes: u64,
+    /// Received.
+    pub received_bytes: u64,
+}
+
+impl Shared {
+    pub(super) fn status(&self) -> Status {
+        let idle_because = match &*self.working.borrow() {
+            Working::Yes => None,
+            Working::No(reason) => Some(reason.clone()),
+        };
+        let device = match &*self.device.life().borrow() {
+            Life::Running(_) => DeviceStatus { running: true, reason: None },
+            Life::Down(reason) => DeviceStatus { running: false, reason: Some(reason.clone()) },
+        };
+        Status {
+            node: self.control.node().to_string(),
+            home: self.home.root().display().to_string(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            process: std::process::id(),
+            uptime_seconds: self.began.elapsed().as_secs(),
+            federation: FederationStatus {
+                id: self.members.federation().to_string(),
+                name: self.members.federation_name(),
+                institution: self.members.institution_name(),
+                capabilities: self.members.capabilities().to_string(),
+            },
+            control: self.control.listen_addresses(),
+            data: self.data.local_address().to_string(),
+            works: idle_because.is_none(),
+            idle_because,
+            device,
+            peers: self.peers(),
+            runs: self.train.status(),
+            traffic: TrafficStatus {
+                sent_bytes: self.data.bytes_sent(None),
+                received_bytes: self.data.bytes_received(None),
+            },
+        }
+    }
+
+    fn peers(&self) -> Vec<PeerStatus> {
+        let path = |path| match path {
+            Path::Direct => "direct",
+            Path::Relayed => "relayed",
+            Path::Lost => "lost",
+        };
+        self.control
+            .peers()
+            .into_iter()
+            .map(|peer| PeerStatus {
+                node: peer.node.to_string(),
+                institution: self.members.name_of(peer.institution).unwrap_or_else(|| peer.institution.short()),
+                path: path(peer.path).into(),
+                rtt_micros: peer.rtt.and_then(|rtt| u64::try_from(rtt.as_micros()).ok()),
+                agent: peer.agent.chars().filter(|letter| !letter.is_control()).collect(),
+                data: peer.data_addresses.iter().map(ToString::to_string).collect(),
+            })
+            .collect()
+    }
+}
