@@ -4,6 +4,7 @@ mod charter;
 mod completions;
 mod control;
 mod data;
+mod demo;
 mod institution;
 mod invite;
 mod join;
@@ -27,6 +28,8 @@ pub(crate) enum Command {
     Institution(institution::Arguments),
     /// Print one line that lets one new node in
     Invite(invite::Arguments),
+    /// Watch two institutions train one model together, on this machine alone
+    Demo(demo::Arguments),
     /// Run this machine's node: lend its device, hold its data, ask its models
     Join(join::Arguments),
     /// End the node in order
@@ -54,6 +57,7 @@ pub(crate) fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Charter(arguments) => charter::run(context, arguments),
         Command::Institution(arguments) => institution::run(context, arguments),
         Command::Invite(arguments) => invite::run(context, arguments),
+        Command::Demo(arguments) => demo::run(context, &arguments),
         Command::Join(arguments) => join::run(context, arguments),
         Command::Leave => control::leave(context),
         Command::Pause => control::pause(context),

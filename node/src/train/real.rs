@@ -38,11 +38,11 @@ impl Compute for Device {
 
 /// A stream of the data plane between two stages.
 #[derive(Debug)]
-pub struct Stream {
+pub(super) struct Stream {
     /// Towards the other stage.
-    pub sender: FrameSender,
+    pub(super) sender: FrameSender,
     /// From the other stage.
-    pub receiver: FrameReceiver,
+    pub(super) receiver: FrameReceiver,
 }
 
 impl Link for Stream {
