@@ -28,7 +28,7 @@ const RUN: &str = "declaration";
 /// Blocks of the demonstration's model.
 const BLOCKS: u32 = 4;
 /// Rounds are about so long on two cores; their number follows from the minutes.
-const ROUND_SECONDS: f64 = 3.5;
+const ROUND_SECONDS: f64 = 1.9;
 
 /// Arguments of `polder demo`.
 #[derive(Debug, clap::Args)]
