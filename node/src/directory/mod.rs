@@ -4,6 +4,7 @@
 //! for its pages, so a newcomer need not wait for half a minute of gossip.
 
 mod service;
+mod serving;
 #[cfg(test)]
 mod tests;
 
