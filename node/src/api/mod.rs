@@ -1,1 +1,97 @@
-//! See docs/src/architecture.md.
+//! The OpenAI-compatible interface on the loopback address: `/v1/models`, `/v1/chat/completions`, `/v1/completions`,
+//! and `/metrics`.
+
+mod answer;
+mod failure;
+mod metrics;
+mod question;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde_json::{Value, json};
+use tower_http::timeout::TimeoutLayer;
+
+use crate::serve::ServeHandle;
+use failure::Failure;
+use metrics::Metrics;
+use question::{ChatQuestion, TextQuestion};
+
+/// The longest request. A context of 128 Ki tokens is about half a MiB of text.
+const BODY_BYTES_MAX: usize = 4 << 20;
+
+/// How long an answer may take to begin, or, when it is not streamed, to be whole.
+const ANSWER_MAX: Duration = Duration::from_secs(1_800);
+
+struct Api {
+    serve: ServeHandle,
+    metrics: Metrics,
+}
+
+/// The interface. Bind it to the loopback address: it asks nobody who they are.
+pub fn router(serve: ServeHandle) -> Router {
+    let metrics = Metrics::new();
+    let api = Arc::new(Api { serve, metrics });
+    Router::new()
+        .route("/v1/models", get(models))
+        .route("/v1/chat/completions", post(chat))
+        .route("/v1/completions", post(text))
+        .route("/metrics", get(show_metrics))
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, ANSWER_MAX))
+        .with_state(api)
+}
+
+async fn models(State(api): State<Arc<Api>>) -> Json<Value> {
+    let models = api.serve.models();
+    let data: Vec<Value> = models
+        .iter()
+        .map(|(id, epoch, served)| {
+            json!({
+                "id": epoch.name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "polder",
+                "epoch": id.to_string(),
+                "blocks": epoch.blocks(),
+                "context_length": epoch.context_tokens_max,
+                "served": served,
+            })
+        })
+        .collect();
+    Json(json!({ "object": "list", "data": data }))
+}
+
+async fn chat(
+    State(api): State<Arc<Api>>,
+    body: Result<Json<ChatQuestion>, JsonRejection>,
+) -> Result<Response, Failure> {
+    let Json(question) = body?;
+    let (request, shape) = question.read(&api.serve)?;
+    answer::answer(&api.serve, &api.metrics, request, shape).await
+}
+
+async fn text(
+    State(api): State<Arc<Api>>,
+    body: Result<Json<TextQuestion>, JsonRejection>,
+) -> Result<Response, Failure> {
+    let Json(question) = body?;
+    let (request, shape) = question.read(&api.serve)?;
+    answer::answer(&api.serve, &api.metrics, request, shape).await
+}
+
+async fn show_metrics(State(api): State<Arc<Api>>) -> Response {
+    let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    match api.metrics.text(&api.serve) {
+        Ok(text) => ([("content-type", content_type)], text).into_response(),
+        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+    }
+}

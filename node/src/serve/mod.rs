@@ -8,7 +8,7 @@ mod host;
 mod seat;
 mod streams;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod text;
 
 use std::collections::BTreeMap;

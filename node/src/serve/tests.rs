@@ -212,14 +212,14 @@ struct Board {
     addresses: Mutex<BTreeMap<NodeId, SocketAddr>>,
 }
 
-struct Town {
+pub(crate) struct Town {
     board: Arc<Board>,
     home: TempDir,
     names: AtomicU64,
 }
 
-struct Node {
-    serve: ServeHandle,
+pub(crate) struct Node {
+    pub(crate) serve: ServeHandle,
     data: DataPlane,
     device: Device,
     board: Arc<Board>,
@@ -232,7 +232,7 @@ struct View {
 }
 
 impl Town {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             board: Arc::default(),
             home: TempDir::new().unwrap(),
@@ -248,7 +248,7 @@ impl Town {
         nodes
     }
 
-    async fn node(&self, seed: u8) -> Node {
+    pub(crate) async fn node(&self, seed: u8) -> Node {
         let name = self.names.fetch_add(1, Ordering::Relaxed);
         let blobs = BlobStore::open(&self.home.path().join(name.to_string())).unwrap();
         let config = DataConfig::new([seed; 32], (Ipv4Addr::LOCALHOST, 0).into());
@@ -306,7 +306,7 @@ impl Node {
         self.data.node()
     }
 
-    async fn hold(&self, first: u32, end: u32) {
+    pub(crate) async fn hold(&self, first: u32, end: u32) {
         self.serve.hold(self.epoch, BlockRange { first, end }).unwrap();
         for _ in 0..500 {
             if self

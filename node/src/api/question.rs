@@ -1,0 +1,244 @@
+//! What clients ask, read into what the gateway takes. Fields that mean nothing here are ignored, as others do.
+
+use std::collections::BTreeSet;
+
+use polder_protocol::hash::{InstitutionId, NodeId};
+use polder_protocol::route::{RoutePolicy, Who};
+use polder_protocol::work::{Message, Prompt, Sampling};
+use serde::Deserialize;
+
+use super::failure::Failure;
+use crate::serve::{GenerateRequest, ServeHandle};
+
+/// OpenAI allows four; more are harmless.
+const STOPS_MAX: usize = 16;
+
+/// What one conversation holds at most; the context ends long before.
+const MESSAGES_MAX: usize = 4_096;
+
+/// What `/v1/completions` gives where nobody says, as OpenAI.
+const TEXT_TOKENS_MAX: u32 = 16;
+
+/// The body of `/v1/chat/completions`.
+#[derive(Debug, Deserialize)]
+pub(super) struct ChatQuestion {
+    messages: Vec<ChatMessage>,
+    max_completion_tokens: Option<u32>,
+    #[serde(flatten)]
+    common: Common,
+}
+
+/// The body of `/v1/completions`.
+#[derive(Debug, Deserialize)]
+pub(super) struct TextQuestion {
+    prompt: OneOrMany,
+    #[serde(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Deserialize)]
+struct Common {
+    model: Option<String>,
+    max_tokens: Option<u32>,
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    top_k: Option<u32>,
+    seed: Option<i64>,
+    stop: Option<OneOrMany>,
+    stream: Option<bool>,
+    stream_options: Option<StreamOptions>,
+    n: Option<u32>,
+    route: Option<Route>,
+}
+
+#[derive(Debug, Deserialize)]
+struct StreamOptions {
+    include_usage: Option<bool>,
+}
+
+/// Whom to trust with the question; ours, not OpenAI's.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Route {
+    institutions: Option<Vec<String>>,
+    nodes: Option<Vec<String>>,
+    ends: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct ChatMessage {
+    role: String,
+    content: Content,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Content {
+    Text(String),
+    Parts(Vec<Part>),
+}
+
+#[derive(Debug, Deserialize)]
+struct Part {
+    #[serde(rename = "type")]
+    kind: String,
+    text: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+/// How the answer is to look.
+#[derive(Debug, Clone)]
+pub(super) struct Shape {
+    pub(super) chat: bool,
+    pub(super) stream: bool,
+    pub(super) include_usage: bool,
+    pub(super) model: String,
+}
+
+impl ChatQuestion {
+    pub(super) fn read(self, serve: &ServeHandle) -> Result<(GenerateRequest, Shape), Failure> {
+        if self.messages.is_empty() || self.messages.len() > MESSAGES_MAX {
+            return Err(Failure::request(format!("`messages` must hold 1 to {MESSAGES_MAX} messages")));
+        }
+        let messages: Result<Vec<Message>, Failure> = self.messages.into_iter().map(ChatMessage::read).collect();
+        let tokens_max = self.max_completion_tokens.or(self.common.max_tokens);
+        self.common.read(serve, Prompt::Chat(messages?), tokens_max, true)
+    }
+}
+
+impl TextQuestion {
+    pub(super) fn read(self, serve: &ServeHandle) -> Result<(GenerateRequest, Shape), Failure> {
+        let mut prompts = self.prompt.list();
+        let (Some(prompt), true) = (prompts.pop(), prompts.is_empty()) else {
+            return Err(Failure::request("`prompt` must be one text"));
+        };
+        let tokens_max = self.common.max_tokens.unwrap_or(TEXT_TOKENS_MAX);
+        self.common.read(serve, Prompt::Plain(prompt), Some(tokens_max), false)
+    }
+}
+
+impl ChatMessage {
+    fn read(self) -> Result<Message, Failure> {
+        let content = match self.content {
+            Content::Text(text) => text,
+            Content::Parts(parts) => {
+                let mut all = String::new();
+                for part in parts {
+                    let (true, Some(text)) = (part.kind == "text", part.text) else {
+                        return Err(Failure::request(format!("a message part of type `{}` cannot be read", part.kind)));
+                    };
+                    all.push_str(&text);
+                }
+                all
+            }
+        };
+        Ok(Message {
+            role: self.role,
+            content,
+        })
+    }
+}
+
+impl OneOrMany {
+    fn list(self) -> Vec<String> {
+        match self {
+            Self::One(text) => vec![text],
+            Self::Many(texts) => texts,
+        }
+    }
+}
+
+impl Common {
+    fn read(
+        self,
+        serve: &ServeHandle,
+        prompt: Prompt,
+        tokens_max: Option<u32>,
+        chat: bool,
+    ) -> Result<(GenerateRequest, Shape), Failure> {
+        if self.n.is_some_and(|count| count != 1) {
+            return Err(Failure::request("`n` must be 1: ask again for another answer"));
+        }
+        let temperature = within("temperature", self.temperature.unwrap_or(1.0), 0.0, 2.0)?;
+        let top_p = within("top_p", self.top_p.unwrap_or(1.0), 0.0, 1.0)?;
+        let stop = self.stop.map(OneOrMany::list).unwrap_or_default();
+        if stop.len() > STOPS_MAX {
+            return Err(Failure::request(format!("`stop` may hold at most {STOPS_MAX} texts")));
+        }
+        let seed = match self.seed {
+            Some(seed) => seed.cast_unsigned(),
+            None => getrandom::u64().unwrap_or_default(),
+        };
+        let epoch = match &self.model {
+            Some(name) => serve.find(name)?,
+            None => the_only_model(serve)?,
+        };
+        let model = serve.models().into_iter().find(|(id, ..)| *id == epoch);
+        let request = GenerateRequest {
+            epoch,
+            prompt,
+            tokens_max,
+            sampling: Sampling {
+                temperature,
+                top_k: self.top_k.unwrap_or(0),
+                top_p,
+                seed,
+            },
+            stop,
+            policy: self.route.map(Route::read).transpose()?.unwrap_or_default(),
+        };
+        let shape = Shape {
+            chat,
+            stream: self.stream.unwrap_or(false),
+            include_usage: self.stream_options.and_then(|options| options.include_usage).unwrap_or(false),
+            model: model.map(|(_, epoch, _)| epoch.name.clone()).unwrap_or_default(),
+        };
+        Ok((request, shape))
+    }
+}
+
+impl Route {
+    fn read(self) -> Result<RoutePolicy, Failure> {
+        let who = match (self.institutions, self.nodes) {
+            (None, None) => Who::Any,
+            (Some(institutions), None) => Who::Institutions(ids(&institutions, InstitutionId)?),
+            (None, Some(nodes)) => Who::Nodes(ids(&nodes, NodeId)?),
+            (Some(_), Some(_)) => return Err(Failure::request("`route` takes `institutions` or `nodes`, not both")),
+        };
+        let ends = self.ends.map(|text| id(&text)).transpose()?.map(InstitutionId);
+        Ok(RoutePolicy { who, ends })
+    }
+}
+
+fn ids<T: Ord>(texts: &[String], make: fn([u8; 32]) -> T) -> Result<BTreeSet<T>, Failure> {
+    texts.iter().map(|text| Ok(make(id(text)?))).collect()
+}
+
+fn id(text: &str) -> Result<[u8; 32], Failure> {
+    polder_protocol::hash::parse_hex_32(text).map_err(|error| Failure::request(format!("`{text}`: {error}")))
+}
+
+fn the_only_model(serve: &ServeHandle) -> Result<polder_protocol::hash::EpochId, Failure> {
+    let models = serve.models();
+    let mut served = models.iter().filter(|(.., served)| *served);
+    match (served.next(), served.next()) {
+        (Some((id, ..)), None) => Ok(*id),
+        (None, _) => Err(Failure::request("no model is served now")),
+        (Some(_), Some(_)) => Err(Failure::request("several models are served: name one as `model`")),
+    }
+}
+
+fn within(name: &str, value: f32, least: f32, most: f32) -> Result<f32, Failure> {
+    // Written so that what is no number is refused too.
+    if (least..=most).contains(&value) {
+        Ok(value)
+    } else {
+        Err(Failure::request(format!("`{name}` must be from {least} to {most}")))
+    }
+}
