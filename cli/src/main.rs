@@ -3,6 +3,7 @@
 // The tensor library's types nest deeper than the default limit.
 #![recursion_limit = "256"]
 
+mod answers;
 mod client;
 mod command;
 mod context;

@@ -1,6 +1,8 @@
 //! The verbs. Each is a module with its arguments and one function `run(&Context, Arguments)`.
 
+mod ask;
 mod charter;
+mod chat;
 mod completions;
 mod control;
 mod data;
@@ -20,6 +22,10 @@ use crate::context::Context;
 /// What a person can ask for.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Ask the model one question
+    Ask(ask::Arguments),
+    /// Talk with the model
+    Chat(chat::Arguments),
     Run(run::Arguments),
     Data(data::Arguments),
     /// Write, show and sign the federation's founding document
@@ -52,6 +58,8 @@ pub(crate) enum Command {
 /// Does what was asked.
 pub(crate) fn run(context: &Context, command: Command) -> anyhow::Result<()> {
     match command {
+        Command::Ask(arguments) => ask::run(context, arguments),
+        Command::Chat(arguments) => chat::run(context, arguments),
         Command::Run(arguments) => run::run(context, arguments),
         Command::Data(arguments) => data::run(context, arguments),
         Command::Charter(arguments) => charter::run(context, arguments),

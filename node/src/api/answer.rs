@@ -60,10 +60,7 @@ impl Frame {
         }
     }
 
-    async fn whole(
-        self,
-        events: impl Stream<Item = Result<Event, ServeError>>,
-    ) -> Result<Json<Value>, Failure> {
+    async fn whole(self, events: impl Stream<Item = Result<Event, ServeError>>) -> Result<Json<Value>, Failure> {
         let mut events = std::pin::pin!(events);
         let mut all = String::new();
         while let Some(event) = events.next().await {
@@ -119,7 +116,11 @@ impl Frame {
                 if !text.is_empty() {
                     chunks.push(self.sent(self.body(self.piece(text), None)));
                 }
-                let nothing = if self.shape.chat { ("delta", json!({})) } else { ("text", Value::from("")) };
+                let nothing = if self.shape.chat {
+                    ("delta", json!({}))
+                } else {
+                    ("text", Value::from(""))
+                };
                 let mut last = self.body(nothing, Some(reason));
                 last.insert("polder".to_owned(), chain_value(&chain, usage));
                 chunks.push(self.sent(last));

@@ -34,15 +34,31 @@ impl Metrics {
             stages: Gauge::default(),
         };
         let mut registry = metrics.registry.lock().unwrap_or_else(PoisonError::into_inner);
-        registry.register("questions", "Questions asked through this node", metrics.questions.clone());
+        registry.register(
+            "questions",
+            "Questions asked through this node",
+            metrics.questions.clone(),
+        );
         registry.register(
             "questions_failed",
             "Questions asked through this node that ended with an error",
             metrics.failures.clone(),
         );
-        registry.register("tokens_generated", "Tokens of answers through this node", metrics.tokens.clone());
-        registry.register("stages_lost", "Stages lost and replaced in mid-generation", metrics.losses.clone());
-        registry.register("sessions_held", "Sessions that stages of this node hold", metrics.sessions.clone());
+        registry.register(
+            "tokens_generated",
+            "Tokens of answers through this node",
+            metrics.tokens.clone(),
+        );
+        registry.register(
+            "stages_lost",
+            "Stages lost and replaced in mid-generation",
+            metrics.losses.clone(),
+        );
+        registry.register(
+            "sessions_held",
+            "Sessions that stages of this node hold",
+            metrics.sessions.clone(),
+        );
         registry.register("stages_held", "Stages that this node holds", metrics.stages.clone());
         drop(registry);
         metrics

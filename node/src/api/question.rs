@@ -104,7 +104,9 @@ pub(super) struct Shape {
 impl ChatQuestion {
     pub(super) fn read(self, serve: &ServeHandle) -> Result<(GenerateRequest, Shape), Failure> {
         if self.messages.is_empty() || self.messages.len() > MESSAGES_MAX {
-            return Err(Failure::request(format!("`messages` must hold 1 to {MESSAGES_MAX} messages")));
+            return Err(Failure::request(format!(
+                "`messages` must hold 1 to {MESSAGES_MAX} messages"
+            )));
         }
         let messages: Result<Vec<Message>, Failure> = self.messages.into_iter().map(ChatMessage::read).collect();
         let tokens_max = self.max_completion_tokens.or(self.common.max_tokens);
@@ -131,7 +133,10 @@ impl ChatMessage {
                 let mut all = String::new();
                 for part in parts {
                     let (true, Some(text)) = (part.kind == "text", part.text) else {
-                        return Err(Failure::request(format!("a message part of type `{}` cannot be read", part.kind)));
+                        return Err(Failure::request(format!(
+                            "a message part of type `{}` cannot be read",
+                            part.kind
+                        )));
                     };
                     all.push_str(&text);
                 }
@@ -196,7 +201,10 @@ impl Common {
         let shape = Shape {
             chat,
             stream: self.stream.unwrap_or(false),
-            include_usage: self.stream_options.and_then(|options| options.include_usage).unwrap_or(false),
+            include_usage: self
+                .stream_options
+                .and_then(|options| options.include_usage)
+                .unwrap_or(false),
             model: model.map(|(_, epoch, _)| epoch.name.clone()).unwrap_or_default(),
         };
         Ok((request, shape))

@@ -36,9 +36,24 @@ async fn a_text_is_completed_whole_or_in_events() {
 async fn what_is_wrong_is_said_in_the_shape_that_clients_read() {
     let (address, _town) = api().await;
     for (path, question, status, words) in [
-        ("/v1/completions", json!({ "model": "nobody", "prompt": "x" }), 404, "nobody"),
-        ("/v1/completions", json!({ "prompt": "x", "temperature": 9 }), 400, "temperature"),
-        ("/v1/completions", json!({ "prompt": "x".repeat(300) }), 400, "300 tokens"),
+        (
+            "/v1/completions",
+            json!({ "model": "nobody", "prompt": "x" }),
+            404,
+            "nobody",
+        ),
+        (
+            "/v1/completions",
+            json!({ "prompt": "x", "temperature": 9 }),
+            400,
+            "temperature",
+        ),
+        (
+            "/v1/completions",
+            json!({ "prompt": "x".repeat(300) }),
+            400,
+            "300 tokens",
+        ),
         ("/v1/completions", json!({ "prompt": ["a", "b"] }), 400, "one text"),
         ("/v1/chat/completions", json!({ "messages": [] }), 400, "messages"),
         ("/v1/chat/completions", json!({ "messages": 3 }), 422, "messages"),

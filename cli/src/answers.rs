@@ -1,0 +1,218 @@
+//! Answers of the local daemon as they come: server-sent events read into pieces of text.
+
+use std::io::{BufRead, BufReader, Read};
+
+use anyhow::{Context as _, anyhow};
+use serde_json::{Value, json};
+
+use crate::client::Client;
+
+/// The longest event; a piece of text is a few bytes, and the last one names the chain.
+const EVENT_BYTES_MAX: u64 = 1 << 20;
+
+/// How tokens are chosen, and when to stop: options of every verb that asks.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Choosing {
+    /// Which model, where several are served
+    #[arg(long, value_name = "NAME")]
+    model: Option<String>,
+    /// The longest answer in tokens [default: what the context holds]
+    #[arg(long, value_name = "COUNT")]
+    max_tokens: Option<u32>,
+    /// How freely words are chosen, 0 to 2; 0 always takes the likeliest
+    #[arg(long, value_name = "NUMBER", default_value_t = 0.7)]
+    temperature: f32,
+    /// Choose among so many of the likeliest tokens; 0 for all
+    #[arg(long, value_name = "COUNT", default_value_t = 0)]
+    top_k: u32,
+    /// Choose among the likeliest tokens that together have this share, 0 to 1
+    #[arg(long, value_name = "SHARE", default_value_t = 0.95)]
+    top_p: f32,
+    /// The same seed, question and model give the same answer
+    #[arg(long, value_name = "NUMBER")]
+    seed: Option<u32>,
+    /// End the answer before this text; may be given more than once
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+}
+
+impl Choosing {
+    /// The body of a request for an answer to a conversation.
+    pub(crate) fn question(&self, messages: &[Value]) -> Value {
+        let mut question = json!({
+            "messages": messages,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "stream": true,
+            "stream_options": { "include_usage": true },
+        });
+        let optional = [
+            ("model", self.model.clone().map(Value::from)),
+            ("max_tokens", self.max_tokens.map(Value::from)),
+            ("seed", self.seed.map(Value::from)),
+            ("stop", (!self.stop.is_empty()).then(|| Value::from(self.stop.clone()))),
+        ];
+        for (name, value) in optional {
+            if let Some(value) = value {
+                question[name] = value;
+            }
+        }
+        question
+    }
+}
+
+/// One message of a conversation.
+pub(crate) fn message(role: &str, content: &str) -> Value {
+    json!({ "role": role, "content": content })
+}
+
+/// What comes of a question.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Piece {
+    /// More text.
+    Text(String),
+    /// Why the text ended, and who answered.
+    Ended {
+        /// `stop` or `length`.
+        reason: String,
+        /// The daemon's `polder` object.
+        polder: Value,
+    },
+    /// What it took.
+    Usage(Value),
+}
+
+/// Asks, and gives the answer piece by piece. Dropping it ends the answer everywhere.
+pub(crate) fn ask(
+    client: &Client,
+    question: &Value,
+) -> anyhow::Result<impl Iterator<Item = anyhow::Result<Piece>> + Send + use<>> {
+    let answer = client.post_stream("/v1/chat/completions", question)?;
+    Ok(pieces(answer))
+}
+
+fn pieces(answer: impl Read + Send) -> impl Iterator<Item = anyhow::Result<Piece>> + Send {
+    let mut answer = BufReader::new(answer);
+    let mut ended = false;
+    std::iter::from_fn(move || {
+        while !ended {
+            let mut line = String::new();
+            match answer.by_ref().take(EVENT_BYTES_MAX).read_line(&mut line) {
+                Ok(0) => {
+                    ended = true;
+                    return Some(Err(anyhow!("the answer broke off")));
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    ended = true;
+                    return Some(Err(error).context("the answer broke off"));
+                }
+            }
+            let Some(data) = line.trim_end().strip_prefix("data:") else {
+                continue;
+            };
+            let data = data.trim_start();
+            if data == "[DONE]" {
+                ended = true;
+                break;
+            }
+            match piece(data) {
+                Ok(None) => {}
+                Ok(Some(piece)) => return Some(Ok(piece)),
+                Err(error) => {
+                    ended = true;
+                    return Some(Err(error));
+                }
+            }
+        }
+        None
+    })
+}
+
+/// One event; `None` for one that says nothing.
+fn piece(data: &str) -> anyhow::Result<Option<Piece>> {
+    let event: Value = serde_json::from_str(data).context("the node sent what is no event")?;
+    if let Some(error) = event.pointer("/error/message").and_then(Value::as_str) {
+        return Err(anyhow!("{error}"));
+    }
+    if let Some(usage) = event.get("usage") {
+        return Ok(Some(Piece::Usage(usage.clone())));
+    }
+    if let Some(reason) = event.pointer("/choices/0/finish_reason").and_then(Value::as_str) {
+        return Ok(Some(Piece::Ended {
+            reason: reason.to_owned(),
+            polder: event.get("polder").cloned().unwrap_or_default(),
+        }));
+    }
+    let text = event
+        .pointer("/choices/0/delta/content")
+        .and_then(Value::as_str)
+        .unwrap_or_default();
+    Ok((!text.is_empty()).then(|| Piece::Text(text.to_owned())))
+}
+
+/// Who answered, for people: which node computed which blocks.
+pub(crate) fn who_answered(polder: &Value) -> String {
+    let hops = polder
+        .get("chain")
+        .and_then(Value::as_array)
+        .cloned()
+        .unwrap_or_default();
+    let mut text = String::new();
+    for hop in &hops {
+        let node = hop.get("node").and_then(Value::as_str).unwrap_or("?");
+        let number = |name: &str| hop.get(name).and_then(Value::as_u64).unwrap_or(0);
+        let short = node.get(..8).unwrap_or(node);
+        text.push_str(&format!(
+            "  node {short}: blocks {} to {}\n",
+            number("first"),
+            number("end")
+        ));
+    }
+    if let Some(losses @ 1..) = polder.get("stages_lost").and_then(Value::as_u64) {
+        text.push_str(&format!("  {losses} stages were lost and replaced on the way\n"));
+    }
+    if hops.len() > 1 {
+        text.push_str("  Splitting a model hides nothing from those who hold its stages.\n");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_become_text_an_end_and_a_count() {
+        let stream = concat!(
+            "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"finish_reason\":null}]}\n\n",
+            ": keep-alive\n\n",
+            "data: {\"choices\":[{\"delta\":{\"content\":\"Grüße\"},\"finish_reason\":null}]}\n\n",
+            "data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"stop\"}],\"polder\":{\"chain\":[]}}\n\n",
+            "data: {\"choices\":[],\"usage\":{\"total_tokens\":3}}\n\n",
+            "data: [DONE]\n\n",
+        );
+        let pieces: Vec<Piece> = pieces(stream.as_bytes()).map(Result::unwrap).collect();
+        assert_eq!(
+            pieces,
+            [
+                Piece::Text("Grüße".to_owned()),
+                Piece::Ended {
+                    reason: "stop".to_owned(),
+                    polder: json!({ "chain": [] })
+                },
+                Piece::Usage(json!({ "total_tokens": 3 })),
+            ]
+        );
+    }
+
+    #[test]
+    fn an_error_in_the_middle_and_a_broken_connection_are_told() {
+        let stream = "data: {\"error\":{\"message\":\"no chain\"}}\n\n";
+        let error = pieces(stream.as_bytes()).next().unwrap().unwrap_err();
+        assert_eq!(error.to_string(), "no chain");
+        let error = pieces(&b""[..]).next().unwrap().unwrap_err();
+        assert_eq!(error.to_string(), "the answer broke off");
+    }
+}

@@ -1,0 +1,124 @@
+//! `polder chat`: questions and answers in turn, remembered until the end.
+
+use std::io::BufRead;
+use std::thread;
+
+use anyhow::Context as _;
+use serde_json::Value;
+use tokio::sync::mpsc;
+
+use crate::answers::{Choosing, Piece, ask, message, who_answered};
+use crate::client::Client;
+use crate::context::{Context, write_all};
+
+/// Pieces of an answer that wait to be printed.
+const PIECES_MAX: usize = 64;
+
+/// Arguments of `polder chat`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    choosing: Choosing,
+    /// What the model is told before everything else
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    /// Say which nodes answered
+    #[arg(short, long)]
+    verbose: bool,
+}
+
+/// Talks until the end of the input.
+pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()> {
+    let client = Client::open(context.home())?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()?;
+    let talked = runtime.block_on(talk(client, arguments));
+    // A thread that waits for a line must not hold up the end.
+    runtime.shutdown_background();
+    talked
+}
+
+async fn talk(client: Client, arguments: Arguments) -> anyhow::Result<()> {
+    write_all("Ctrl-C stops an answer, Ctrl-D leaves.\n")?;
+    let mut lines = lines();
+    let mut messages: Vec<Value> = arguments.system.iter().map(|text| message("system", text)).collect();
+    loop {
+        write_all("> ")?;
+        let line = tokio::select! {
+            line = lines.recv() => line,
+            _ = tokio::signal::ctrl_c() => None,
+        };
+        let Some(line) = line else {
+            return write_all("\n");
+        };
+        if line.trim().is_empty() {
+            continue;
+        }
+        messages.push(message("user", &line));
+        match answer(&client, &arguments, &messages).await {
+            Ok(text) => messages.push(message("assistant", &text)),
+            Err(error) => {
+                // The question is forgotten, so that it can be asked again.
+                messages.pop();
+                eprintln!("error: {error:#}");
+            }
+        }
+    }
+}
+
+/// Prints one answer as it comes and gives all of it, or what came before Ctrl-C.
+async fn answer(client: &Client, arguments: &Arguments, messages: &[Value]) -> anyhow::Result<String> {
+    let (sender, mut pieces) = mpsc::channel(PIECES_MAX);
+    let question = arguments.choosing.question(messages);
+    let client = client.clone();
+    tokio::task::spawn_blocking(move || {
+        let asked = match ask(&client, &question) {
+            Ok(asked) => asked,
+            Err(error) => {
+                // Whoever asked may have stopped it.
+                let _ = sender.blocking_send(Err(error));
+                return;
+            }
+        };
+        for piece in asked {
+            if sender.blocking_send(piece).is_err() {
+                return;
+            }
+        }
+    });
+    let mut all = String::new();
+    loop {
+        let piece = tokio::select! {
+            piece = pieces.recv() => piece,
+            _ = tokio::signal::ctrl_c() => None,
+        };
+        match piece.transpose().context("no answer")? {
+            Some(Piece::Text(text)) => {
+                write_all(&text)?;
+                all.push_str(&text);
+            }
+            Some(Piece::Ended { polder, .. }) if arguments.verbose => {
+                eprint!("\nanswered by\n{}", who_answered(&polder));
+            }
+            Some(Piece::Ended { .. } | Piece::Usage(_)) => {}
+            None => break,
+        }
+    }
+    write_all("\n")?;
+    Ok(all)
+}
+
+/// Lines of standard input, from a thread of their own: reading cannot be interrupted.
+fn lines() -> mpsc::Receiver<String> {
+    let (sender, lines) = mpsc::channel(1);
+    thread::spawn(move || {
+        for line in std::io::stdin().lock().lines().map_while(Result::ok) {
+            if sender.blocking_send(line).is_err() {
+                return;
+            }
+        }
+    });
+    lines
+}
