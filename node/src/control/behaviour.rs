@@ -26,8 +26,8 @@ pub(super) const AGENT: &str = concat!("polder/", env!("CARGO_PKG_VERSION"));
 /// Connections to one peer: TCP, QUIC and a relayed one in either direction while they race.
 const CONNECTIONS_PER_PEER_MAX: u32 = 4;
 
-/// A connection on which nothing happens and nobody waits. Members ping each other, so only strangers idle.
-const IDLE: Duration = Duration::from_secs(120);
+/// The driver closes connections to strangers and to peers that no longer answer pings; members may be silent for long.
+const IDLE: Duration = Duration::from_secs(24 * 3600);
 
 /// The share of the machine's memory above which no further connection is made.
 const MEMORY_SHARE_MAX: f64 = 0.9;

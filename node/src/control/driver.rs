@@ -76,15 +76,14 @@ pub(super) async fn start(
         swarm.add_external_address(address);
     }
     let mut meetings = Meetings::default();
-    let mut bootstrap = Vec::new();
     for (node, addresses) in &config.bootstrap {
-        meetings.remember(*node, multiaddresses(addresses)?);
-        bootstrap.push(*node);
+        meetings.remember_bootstrap(*node, multiaddresses(addresses)?);
     }
     let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
     let driver = Driver {
         peers_target: config.peers_target,
-        bootstrap,
+        // Without random numbers a restart is noticed only when the old connections end.
+        instance: getrandom::u64().unwrap_or(0),
         swarm,
         gate,
         shared: Arc::clone(&shared),
@@ -149,7 +148,7 @@ enum Asked {
 
 struct Driver {
     peers_target: usize,
-    bootstrap: Vec<NodeId>,
+    instance: u64,
     swarm: Swarm<Behaviour>,
     gate: Arc<dyn Gate>,
     shared: Arc<Shared>,
@@ -296,6 +295,7 @@ impl Driver {
         data_addresses.truncate(ADDRESSES_MAX);
         Hello {
             agent: AGENT.into(),
+            instance: self.instance,
             credentials: self.gate.credentials(),
             control_addresses,
             data_addresses,
@@ -518,6 +518,14 @@ impl Driver {
                     });
                 }
             }
+            BehaviourEvent::Ping(ping::Event {
+                connection,
+                result: Err(ping::Failure::Timeout),
+                ..
+            }) => {
+                // Whatever is there does not hear us; a peer that is well is dialled again.
+                self.swarm.close_connection(connection);
+            }
             BehaviourEvent::Mdns(mdns::Event::Discovered(found)) => {
                 for (peer, address) in found {
                     if let Some(node) = node_of(&peer)
@@ -555,14 +563,18 @@ impl Driver {
 
     fn on_request_event(&mut self, event: request_response::Event<Request, Reply>, now: Instant) {
         match event {
-            request_response::Event::Message { peer, message, .. } => match message {
+            request_response::Event::Message {
+                peer,
+                connection_id,
+                message,
+            } => match message {
                 request_response::Message::Request { request, channel, .. } => {
                     if let Some(node) = node_of(&peer) {
-                        self.on_request(node, request, channel, now);
+                        self.on_request((node, connection_id), request, channel, now);
                     }
                 }
                 request_response::Message::Response { request_id, response } => {
-                    self.on_reply(request_id, response, now)
+                    self.on_reply(request_id, connection_id, response, now)
                 }
             },
             request_response::Event::OutboundFailure { request_id, error, .. } => {
@@ -589,10 +601,16 @@ impl Driver {
         }
     }
 
-    fn on_request(&mut self, node: NodeId, request: Request, channel: ResponseChannel<Reply>, now: Instant) {
+    fn on_request(
+        &mut self,
+        (node, connection): (NodeId, ConnectionId),
+        request: Request,
+        channel: ResponseChannel<Reply>,
+        now: Instant,
+    ) {
         match request.service {
             Service::Hello => {
-                let reply = self.on_hello(node, &request.body, now);
+                let reply = self.on_hello(node, connection, &request.body, now);
                 self.reply(channel, reply);
                 self.flush(node);
             }
@@ -645,7 +663,7 @@ impl Driver {
         }
     }
 
-    fn on_hello(&mut self, node: NodeId, body: &[u8], now: Instant) -> Reply {
+    fn on_hello(&mut self, node: NodeId, connection: ConnectionId, body: &[u8], now: Instant) -> Reply {
         let hello: Hello = match wire::decode(body) {
             Ok(hello) => hello,
             Err(error) => {
@@ -654,7 +672,7 @@ impl Driver {
                 });
             }
         };
-        match self.accept(node, &hello, now) {
+        match self.accept(node, connection, &hello, now) {
             Ok(()) => {
                 let greeting = Greeting {
                     hello: self.own_hello(),
@@ -670,7 +688,7 @@ impl Driver {
     }
 
     /// Asks the gate about a peer, and keeps what it told of itself.
-    fn accept(&mut self, node: NodeId, hello: &Hello, now: Instant) -> Result<(), String> {
+    fn accept(&mut self, node: NodeId, connection: ConnectionId, hello: &Hello, now: Instant) -> Result<(), String> {
         let admitted = self.gate.admit(node, &hello.credentials).map_err(|refused| {
             self.shared.tell(PeerEvent::Refused {
                 node,
@@ -682,7 +700,19 @@ impl Driver {
         let Some(meeting) = self.meetings.present.get_mut(&node) else {
             return Ok(());
         };
+        let restarted = meeting
+            .member
+            .as_ref()
+            .is_some_and(|member| member.instance != hello.instance);
+        if restarted {
+            // The other connections end in a process that is gone, though nobody has told this one.
+            for gone in meeting.connections.keys().filter(|id| **id != connection) {
+                self.swarm.close_connection(*gone);
+            }
+            self.shared.forget(node, "it has restarted".into());
+        }
         let relayed = meeting.connections.values().all(|relayed| *relayed);
+        let rtt = lock(&self.shared.peers).get(&node).and_then(|record| record.rtt);
         let record = PeerRecord {
             node,
             institution: admitted.institution,
@@ -690,7 +720,7 @@ impl Driver {
             agent: hello.agent.clone(),
             control_addresses: hello.control_addresses.clone(),
             data_addresses: data_addresses(&hello.data_addresses, meeting.seen),
-            rtt: None,
+            rtt,
             path: if relayed { Path::Relayed } else { Path::Direct },
             last_seen: unix_now(),
         };
@@ -698,6 +728,7 @@ impl Driver {
             admitted,
             credentials: hello.credentials.clone(),
             greeted: now,
+            instance: hello.instance,
         });
         meeting.closes = None;
         self.shared.keep(record);
@@ -726,7 +757,7 @@ impl Driver {
             .collect()
     }
 
-    fn on_reply(&mut self, id: OutboundRequestId, reply: Reply, now: Instant) {
+    fn on_reply(&mut self, id: OutboundRequestId, connection: ConnectionId, reply: Reply, now: Instant) {
         let Some((node, asked)) = self.asked.remove(&id) else {
             return;
         };
@@ -735,7 +766,7 @@ impl Driver {
                 if let Some(meeting) = self.meetings.present.get_mut(&node) {
                     meeting.greeting = false;
                 }
-                self.on_greeting(node, reply, now);
+                self.on_greeting(node, connection, reply, now);
                 self.flush(node);
             }
             Asked::Farewell => {}
@@ -754,7 +785,7 @@ impl Driver {
         }
     }
 
-    fn on_greeting(&mut self, node: NodeId, reply: Reply, now: Instant) {
+    fn on_greeting(&mut self, node: NodeId, connection: ConnectionId, reply: Reply, now: Instant) {
         let greeting: Greeting = match reply {
             Reply::Done(body) => match wire::decode(&body) {
                 Ok(greeting) => greeting,
@@ -781,7 +812,7 @@ impl Driver {
                 return self.turn_away(node, now);
             }
         };
-        if let Err(reason) = self.accept(node, &greeting.hello, now) {
+        if let Err(reason) = self.accept(node, connection, &greeting.hello, now) {
             let farewell = Farewell {
                 reason: reason.clone(),
                 refused: true,
@@ -826,9 +857,7 @@ impl Driver {
             meeting.member = None;
         }
         self.turn_away(node, now);
-        if !self.bootstrap.contains(&node) {
-            self.meetings.forget(node);
-        }
+        self.meetings.forget(node);
     }
 
     /// Lets a peer read why, then closes.

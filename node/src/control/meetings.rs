@@ -32,7 +32,10 @@ const ACQUAINTANCES_MAX: usize = 4096;
 const PAUSE_FIRST: Duration = Duration::from_secs(2);
 
 /// The longest pause between dials.
-const PAUSE_MAX: Duration = Duration::from_secs(300);
+const PAUSE_MAX: Duration = Duration::from_secs(120);
+
+/// The longest pause between dials of a node that the configuration names: through it, everybody else is found again.
+const PAUSE_OF_BOOTSTRAP_MAX: Duration = Duration::from_secs(5);
 
 /// Where an answer goes.
 pub(super) type Answer = oneshot::Sender<Result<Vec<u8>, ControlError>>;
@@ -66,6 +69,8 @@ pub(super) struct Member {
     pub(super) admitted: Admitted,
     pub(super) credentials: Vec<u8>,
     pub(super) greeted: Instant,
+    /// As in [`polder_protocol::wire::Hello::instance`].
+    pub(super) instance: u64,
 }
 
 /// A node that may be met.
@@ -74,6 +79,8 @@ struct Acquaintance {
     addresses: Vec<Multiaddr>,
     failures: u32,
     not_before: Option<Instant>,
+    /// Named by the configuration: never forgotten.
+    bootstrap: bool,
 }
 
 /// All of them.
@@ -170,7 +177,8 @@ impl Meetings {
     /// Remembers where a node may be; what is new comes first.
     pub(super) fn remember(&mut self, node: NodeId, addresses: impl IntoIterator<Item = Multiaddr>) {
         if self.acquaintances.len() >= ACQUAINTANCES_MAX && !self.acquaintances.contains_key(&node) {
-            let worst = self.acquaintances.iter().max_by_key(|(_, known)| known.failures);
+            let chance = self.acquaintances.iter().filter(|(_, known)| !known.bootstrap);
+            let worst = chance.max_by_key(|(_, known)| known.failures);
             let worst = worst.map(|(node, _)| *node);
             worst.map(|node| self.acquaintances.remove(&node));
         }
@@ -188,8 +196,17 @@ impl Meetings {
         known.map(|known| known.addresses.clone()).unwrap_or_default()
     }
 
+    /// Remembers a node that the configuration names.
+    pub(super) fn remember_bootstrap(&mut self, node: NodeId, addresses: Vec<Multiaddr>) {
+        self.remember(node, addresses);
+        if let Some(known) = self.acquaintances.get_mut(&node) {
+            known.bootstrap = true;
+        }
+    }
+
+    /// Forgets a node that has left, unless the configuration names it.
     pub(super) fn forget(&mut self, node: NodeId) {
-        self.acquaintances.remove(&node);
+        self.acquaintances.retain(|known, how| *known != node || how.bootstrap);
     }
 
     /// Notes a dial or a greeting that failed, and pauses.
@@ -199,7 +216,12 @@ impl Meetings {
         };
         let pause = PAUSE_FIRST.saturating_mul(1 << known.failures.min(8));
         known.failures = known.failures.saturating_add(1);
-        known.not_before = Some(now + pause.min(PAUSE_MAX));
+        let longest = if known.bootstrap {
+            PAUSE_OF_BOOTSTRAP_MAX
+        } else {
+            PAUSE_MAX
+        };
+        known.not_before = Some(now + pause.min(longest));
     }
 
     /// Notes that a node was met.
@@ -234,6 +256,16 @@ mod tests {
         meetings.failed(node, now);
         assert_eq!(meetings.worth_a_dial(8, now), []);
         assert_eq!(meetings.worth_a_dial(8, now + PAUSE_FIRST), [node]);
+    }
+
+    #[test]
+    fn a_node_that_the_configuration_names_is_neither_forgotten_nor_left_alone_for_long() {
+        let mut meetings = Meetings::default();
+        let (node, now) = (NodeId([1; 32]), Instant::now());
+        meetings.remember_bootstrap(node, vec!["/ip4/127.0.0.1/tcp/1".parse().expect("address")]);
+        (0..20).for_each(|_| meetings.failed(node, now));
+        meetings.forget(node);
+        assert_eq!(meetings.worth_a_dial(8, now + PAUSE_OF_BOOTSTRAP_MAX), [node]);
     }
 
     #[test]

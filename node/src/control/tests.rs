@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use polder_protocol::hash::InstitutionId;
@@ -186,4 +187,69 @@ async fn a_node_that_leaves_says_so() {
     two.shutdown().await;
     until("gone", || one.present().is_empty()).await;
     assert!(matches!(events.try_recv(), Ok(PeerEvent::Left { reason, .. }) if reason == "it has left"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_restarts_is_met_anew_before_its_old_connections_end() {
+    let one = node(20, "dike", &[]).await;
+    let (old, old_task) = start(to(21, &one), Arc::new(Word("dike"))).await.expect("started");
+    until("met", || one.present().len() == 1).await;
+    let mut events = one.events();
+    // The first process stays, so that none of its connections ends: like one whose machine lost its network.
+    let (_new, _) = start(to(21, &one), Arc::new(Word("dike"))).await.expect("started");
+    let restarted = async {
+        while !matches!(events.recv().await, Ok(PeerEvent::Left { reason, .. }) if reason == "it has restarted") {}
+        while !matches!(events.recv().await, Ok(PeerEvent::Joined(_))) {}
+    };
+    tokio::time::timeout(Duration::from_secs(20), restarted)
+        .await
+        .expect("noticed");
+    old_task.abort();
+    drop(old);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_whose_certificate_is_revoked_is_shown_the_door() {
+    let revoked = Arc::new(AtomicBool::new(false));
+    let gate = Arc::new(Until(Arc::clone(&revoked)));
+    let (one, _) = start(ControlConfig::loopback([22; 32]), gate).await.expect("started");
+    let two = node(23, "dike", &[&one]).await;
+    until("met", || one.present().len() == 1).await;
+    let mut events = two.events();
+    revoked.store(true, Ordering::SeqCst);
+    let refused = async {
+        loop {
+            if let Ok(PeerEvent::RefusedBy { reason, .. }) = events.recv().await {
+                return reason;
+            }
+        }
+    };
+    let reason = tokio::time::timeout(Duration::from_secs(30), refused)
+        .await
+        .expect("told");
+    assert!(reason.contains("revoked"), "{reason}");
+    until("gone", || one.present().is_empty()).await;
+}
+
+/// Lets everybody in until they are revoked.
+struct Until(Arc<AtomicBool>);
+
+impl Gate for Until {
+    fn credentials(&self) -> Vec<u8> {
+        b"dike".to_vec()
+    }
+
+    fn admit(&self, peer: NodeId, credentials: &[u8]) -> Result<Admitted, Refused> {
+        if self.0.load(Ordering::SeqCst) {
+            let reason = format!("the certificate of node {} is revoked", peer.short());
+            return Err(Refused { reason });
+        }
+        Word("dike").admit(peer, credentials)
+    }
+}
+
+fn to(seed: u8, bootstrap: &ControlHandle) -> ControlConfig {
+    let mut config = ControlConfig::loopback([seed; 32]);
+    config.bootstrap = vec![(bootstrap.node(), bootstrap.listen_addresses())];
+    config
 }

@@ -85,6 +85,8 @@ pub enum Refusal {
 pub struct Hello {
     /// The program and its version.
     pub agent: String,
+    /// Chosen when the program starts, so that a restart is noticed while old connections still seem alive.
+    pub instance: u64,
     /// Federation, charter and certificate, encoded.
     #[serde(with = "byte_string")]
     pub credentials: Vec<u8>,
@@ -224,7 +226,7 @@ mod tests {
 
     #[test]
     fn a_hello_has_these_bytes_for_ever() {
-        let bytes = [1, 0, 1, b'p', 2, 4, 2, 1, 1, b'/', 1, 0, 10, 0, 0, 1, 0xa2, 0x1f];
+        let bytes = [1, 0, 1, b'p', 3, 2, 4, 2, 1, 1, b'/', 1, 0, 10, 0, 0, 1, 0xa2, 0x1f];
         assert_eq!(encode(&hello()), bytes);
         assert_eq!(decode(&bytes), Ok(hello()));
     }
@@ -284,6 +286,7 @@ mod tests {
             let greeting = Greeting {
                 hello: Hello {
                     agent,
+                    instance: u64::from(port),
                     credentials,
                     control_addresses: vec!["/ip4/10.0.0.1/tcp/4001".to_string()],
                     data_addresses: vec![SocketAddr::from(([0, 0, 0, 0], port))],
@@ -294,7 +297,7 @@ mod tests {
         }
 
         #[test]
-        fn a_cut_message_is_an_error(cut in 0usize..18) {
+        fn a_cut_message_is_an_error(cut in 0usize..19) {
             let bytes = encode(&hello());
             let part = bytes.get(..cut).unwrap_or_default();
             prop_assert!(decode::<Hello>(part).is_err());
@@ -304,6 +307,7 @@ mod tests {
     fn hello() -> Hello {
         Hello {
             agent: "p".to_string(),
+            instance: 3,
             credentials: vec![4, 2],
             control_addresses: vec!["/".to_string()],
             data_addresses: vec![SocketAddr::from(([10, 0, 0, 1], 4002))],
