@@ -33,11 +33,13 @@ const AFTER_DISK_FAILURE: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) enum Ask {
     /// For the machines.
-    Input(Input),
+    Input(Box<Input>),
     /// Train in this run, unless it was left by its owner.
     Join(RunId),
     /// Train no more in this run, also after a restart.
     Leave(RunId),
+    /// There is new data: look again at the runs that are followed without any.
+    Look,
     /// Give the device back or take it up again: leave all runs for now, or join them again.
     Work(bool),
     /// Stop, with everything on disk.
@@ -129,7 +131,7 @@ impl Driver {
                 }
                 ask = self.asks.recv() => match ask {
                     None | Some(Ask::Shutdown) => return self.stop(),
-                    Some(Ask::Input(input)) => self.step(input).await,
+                    Some(Ask::Input(input)) => self.step(*input).await,
                     Some(Ask::Join(run)) => {
                         // The marker need not be there.
                         let _ = fs::remove_file(self.left_marker(run));
@@ -141,6 +143,7 @@ impl Driver {
                         }
                         self.leave(run).await;
                     }
+                    Some(Ask::Look) => self.work(self.working).await,
                     Some(Ask::Work(working)) => self.work(working).await,
                 },
                 () = wake => self.step(Input::Wake).await,
@@ -472,6 +475,7 @@ impl Driver {
             tokio::time::sleep(AFTER_DISK_FAILURE).await;
             self.journals.clear();
             self.joined.clear();
+            self.jobs.board.clear();
             match self.restore() {
                 Ok(effects) => {
                     self.effects = effects;
@@ -512,7 +516,7 @@ fn activity(job: &Job) -> &'static str {
 /// What a peer says, for the machines.
 pub(super) fn heard(from: NodeId, bytes: &[u8]) -> Option<Ask> {
     match RunMessage::from_bytes(bytes) {
-        Ok(message) => Some(Ask::Input(Input::Message { from, message })),
+        Ok(message) => Some(Ask::Input(Box::new(Input::Message { from, message }))),
         Err(error) => {
             warn!(peer = %from.short(), %error, "malformed message about a run");
             None

@@ -175,9 +175,16 @@ mod tests {
         let layout = Layout {
             parts: vec![layout(&[("a", &[2])])],
         };
-        let error = write_folder(folder.path(), "{}", &state, &layout, &[state.clone()]).unwrap_err();
+        let error = write_folder(folder.path(), "{}", &state, &layout, std::slice::from_ref(&state)).unwrap_err();
         assert!(matches!(error, ExportError::NotEmpty { .. }));
-        let error = write_folder(&folder.path().join("new"), "{}", &state, &layout, &[state.clone()]).unwrap_err();
+        let error = write_folder(
+            &folder.path().join("new"),
+            "{}",
+            &state,
+            &layout,
+            std::slice::from_ref(&state),
+        )
+        .unwrap_err();
         assert!(matches!(error, ExportError::Short { found_bytes: 7, .. }));
     }
 

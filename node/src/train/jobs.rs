@@ -129,8 +129,14 @@ impl Jobs {
 
     /// The file of the run's tokenizer.
     pub(super) async fn tokenizer(&self, run: RunId, spec: &RunSpec) -> Result<PathBuf, JobError> {
-        self.fetch(run, spec.tokenizer, vec![spec.steward], TOKENIZER_BYTES_MAX)
+        self.fetch(run, spec.tokenizer, self.sources(run, spec), TOKENIZER_BYTES_MAX)
             .await
+    }
+
+    /// Who has what the run's facts name: the steward, and whoever trains.
+    fn sources(&self, run: RunId, spec: &RunSpec) -> Vec<NodeId> {
+        let known = self.board.newest_state(run).map(|(_, _, sources)| sources);
+        known.unwrap_or_else(|| vec![spec.steward])
     }
 
     /// The text files of this node for a run.
@@ -251,7 +257,9 @@ impl Jobs {
         let Some(blob) = spec.evaluation else {
             return Ok(Evaluation::default());
         };
-        let file = self.fetch(run, blob, vec![spec.steward], EVALUATION_BYTES_MAX).await?;
+        let file = self
+            .fetch(run, blob, self.sources(run, spec), EVALUATION_BYTES_MAX)
+            .await?;
         let bytes = blocking(move || read(&file)).await?;
         postcard::from_bytes(&bytes).map_err(|error| JobError::Invalid(format!("the held-out texts: {error}")))
     }

@@ -22,10 +22,13 @@ pub(super) struct Opening {
     pub(super) stage: u32,
 }
 
+/// A stream that waits: who opened it, what for.
+type Waiting = (NodeId, Opening, Box<dyn Link>);
+
 /// Streams that wait for their job.
 #[derive(Default)]
 pub(super) struct Meeting {
-    waiting: Mutex<VecDeque<(NodeId, Opening, Box<dyn Link>)>>,
+    waiting: Mutex<VecDeque<Waiting>>,
     came: Notify,
 }
 

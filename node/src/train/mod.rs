@@ -54,7 +54,7 @@ pub use real::RunBlobs;
 
 pub use routes::routes;
 pub use status::{LanguageStatus, ReplicaStatus, RoundReport, RunStatus};
-pub use world::{Blobs, Compute, Link, Network};
+pub use world::{Blobs, Compute, Link, Network, Received};
 
 use desk::{Desk, Texts};
 use driver::{Ask, Driver, Participant};
@@ -363,7 +363,7 @@ impl TrainHandle {
     pub async fn add_data(&self, name: &str, path: &Path, language: Option<String>) -> Result<(), TrainError> {
         self.lock_data().add(name, path, language)?;
         // Joins those runs that were not left by their owner.
-        self.ask(Ask::Work(true)).await
+        self.ask(Ask::Look).await
     }
 
     /// Forgets a data set; its files stay.
@@ -385,7 +385,7 @@ impl TrainHandle {
 
     /// The last connection to a node broke.
     pub fn peer_lost(&self, node: NodeId) {
-        let _ = self.asks.try_send(Ask::Input(Input::PeerLost { node }));
+        let _ = self.asks.try_send(Ask::Input(Box::new(Input::PeerLost { node })));
     }
 
     /// A peer opened a stream to a stage of a replica here.
@@ -403,7 +403,7 @@ impl TrainHandle {
     }
 
     async fn command(&self, command: Command) -> Result<(), TrainError> {
-        self.ask(Ask::Input(Input::Local(command))).await
+        self.ask(Ask::Input(Box::new(Input::Local(command)))).await
     }
 
     async fn ask(&self, ask: Ask) -> Result<(), TrainError> {

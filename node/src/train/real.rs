@@ -14,7 +14,7 @@ use polder_protocol::work::{Answer, Task};
 use tracing::warn;
 
 use super::durable;
-use super::world::{Blobs, Compute, Link};
+use super::world::{Blobs, Compute, Link, Received};
 use crate::data::{DataPlane, FrameReceiver, FrameSender};
 use crate::device::{Device, Life};
 
@@ -54,7 +54,7 @@ impl Link for Stream {
         .boxed()
     }
 
-    fn receive(&mut self) -> BoxFuture<'_, Result<Option<(Vec<u8>, Bytes)>, String>> {
+    fn receive(&mut self) -> BoxFuture<'_, Result<Received, String>> {
         async move { self.receiver.next().await.map_err(|error| error.to_string()) }.boxed()
     }
 }

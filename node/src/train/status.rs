@@ -246,6 +246,11 @@ impl Board {
         self.change(run, |status| status.trouble = trouble);
     }
 
+    /// Forgets all runs, before they are read from their journals again.
+    pub(super) fn clear(&self) {
+        self.lock().clear();
+    }
+
     /// All runs, the newest name last.
     pub(super) fn list(&self) -> Vec<RunStatus> {
         self.lock().values().map(|known| known.status.clone()).collect()

@@ -60,11 +60,14 @@ pub trait Network: Send + Sync + 'static {
     fn traffic(&self) -> (u64, u64);
 }
 
+/// A header and a payload, or the end of the stream.
+pub type Received = Option<(Vec<u8>, Bytes)>;
+
 /// One stream between two stages.
 pub trait Link: Send + Sync {
     /// Sends a header of at most 64 KiB and a payload.
     fn send(&mut self, header: Vec<u8>, payload: Bytes) -> BoxFuture<'_, Result<(), String>>;
 
     /// The next header and payload, `None` after the last. May be dropped halfway and called again.
-    fn receive(&mut self) -> BoxFuture<'_, Result<Option<(Vec<u8>, Bytes)>, String>>;
+    fn receive(&mut self) -> BoxFuture<'_, Result<Received, String>>;
 }

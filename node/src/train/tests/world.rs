@@ -24,7 +24,7 @@ use super::super::desk::{Desk, Texts};
 use super::super::jobs::Jobs;
 use super::super::meeting::Meeting;
 use super::super::status::Board;
-use super::super::world::{Blobs, Link, Network};
+use super::super::world::{Blobs, Link, Network, Received};
 use super::super::{NewRun, TrainConfig, TrainHandle, start};
 use super::toy::{Toy, WIDTH, bytes};
 
@@ -299,7 +299,7 @@ impl Link for Wire {
         .boxed()
     }
 
-    fn receive(&mut self) -> BoxFuture<'_, Result<Option<(Vec<u8>, Bytes)>, String>> {
+    fn receive(&mut self) -> BoxFuture<'_, Result<Received, String>> {
         async move { Ok(self.back.recv().await) }.boxed()
     }
 }
