@@ -6,7 +6,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use crate::hash::{BlobId, NodeId};
-use crate::layout::BlockRange;
+use crate::layout::{BlockRange, Part};
 use crate::log::{Body, EndReason, Phase, ReplicaId, Round, parts_of};
 use crate::node::{Effect, Joining, Persist, Report};
 use crate::run::state_hash;
@@ -36,13 +36,21 @@ pub(crate) struct Steward {
     opened: Option<(Round, Instant)>,
     /// Since when it has its quorum.
     quorum_at: Option<Instant>,
-    scoring: Option<(JobId, Round)>,
+    scoring: Option<Scoring>,
     /// The last round whose scoring was begun, and how often it failed.
     scored: Option<(Round, u32)>,
     /// Told to stop, once no outer step is under way.
     is_stopping: bool,
     head_at: Instant,
     wake_at: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Scoring {
+    job: JobId,
+    round: Round,
+    /// The state that is scored, which may take longer than the rounds after it.
+    parts: Vec<(Part, BlobId)>,
 }
 
 impl Steward {
@@ -79,6 +87,12 @@ impl Steward {
     /// Adds the blobs that are needed here.
     pub(crate) fn retain(&self, blobs: &mut BTreeSet<BlobId>) {
         self.gathering.retain(blobs);
+        blobs.extend(
+            self.scoring
+                .iter()
+                .flat_map(|scoring| &scoring.parts)
+                .map(|(_, blob)| *blob),
+        );
     }
 
     /// Does what is due.
@@ -100,8 +114,8 @@ impl Steward {
 
     /// Takes the outcome of a job, if it is this machine's.
     pub(crate) fn done(&mut self, ctx: &mut Context<'_>, job: JobId, outcome: &Outcome) -> bool {
-        if let Some((_, round)) = self.scoring.take_if(|(scoring, _)| *scoring == job) {
-            self.on_scored(ctx, job, round, outcome);
+        if let Some(scoring) = self.scoring.take_if(|scoring| scoring.job == job) {
+            self.on_scored(ctx, job, scoring.round, outcome);
             return true;
         }
         match outcome {
@@ -494,14 +508,15 @@ impl Steward {
         if keeper.state(round.next(), whole, blocks).is_none() {
             return; // It is on its way.
         }
+        let parts = parts_of(ledger.state().1, whole, blocks);
         let work = Job::Evaluate {
             run: ctx.run(),
             spec: ledger.spec().clone(),
             round,
-            parts: parts_of(ledger.state().1, whole, blocks),
+            parts: parts.clone(),
         };
         let job = ctx.start(work);
-        self.scoring = Some((job, round));
+        self.scoring = Some(Scoring { job, round, parts });
         if self.scored.is_none_or(|(scored, _)| scored != round) {
             self.scored = Some((round, 0));
         }

@@ -25,17 +25,7 @@ pub(crate) type Meetings = BTreeMap<(ReplicaId, Round), Vec<(usize, u64, JobId)>
 impl Engine {
     /// A host begins a job.
     pub(super) fn begin(&mut self, host: usize, job: JobId, work: Job) -> Result<(), Violation> {
-        if let Job::Train { base, .. } | Job::Apply { base, .. } | Job::Evaluate { parts: base, .. } = &work {
-            let missing = base
-                .iter()
-                .find(|(_, blob)| !self.hosts[host].disk.blobs.contains(blob));
-            if let Some((part, _)) = missing {
-                return Err(Violation::new(
-                    "a job's base is in the store",
-                    format!("host {host} lacks {part:?} for {job:?}"),
-                ));
-            }
-        }
+        self.has_base(host, job, &work)?;
         let slow = if self.now < self.hosts[host].slow_until { 8 } else { 1 };
         let life = self.hosts[host].life;
         let jitter = self.random.below(1_000_000);
@@ -43,7 +33,7 @@ impl Engine {
             Job::Fetch { .. } => Span(20_000 + jitter / 4),
             Job::FetchState { .. } => Span(100_000 + jitter * 3),
             Job::Apply { .. } => Span((50_000 + jitter / 2) * slow),
-            Job::Evaluate { .. } => Span((200_000 + jitter * 2) * slow),
+            Job::Evaluate { .. } => Span((200_000 + jitter * 60) * slow),
             Job::Train {
                 round, replica, stages, ..
             } if stages.len() > 1 => {
@@ -56,6 +46,21 @@ impl Engine {
         self.hosts[host].jobs.insert(job, work);
         self.after(spans, Event::Done { host, life, job });
         Ok(())
+    }
+
+    /// Whether what a job builds on is in the host's store, and nothing that was let go.
+    pub(super) fn has_base(&self, host: usize, job: JobId, work: &Job) -> Result<(), Violation> {
+        let (Job::Train { base, .. } | Job::Apply { base, .. } | Job::Evaluate { parts: base, .. }) = work else {
+            return Ok(());
+        };
+        let store = &self.hosts[host].disk.blobs;
+        match base.iter().find(|(_, blob)| !store.contains(blob)) {
+            Some((part, _)) => Err(Violation::new(
+                "a job's base is in the store",
+                format!("host {host} lacks {part:?} for {job:?}"),
+            )),
+            None => Ok(()),
+        }
     }
 
     fn meet(

@@ -291,6 +291,7 @@ impl Engine {
                 if self.world.flaw == Flaw::NeverCloses && matches!(work, polder_protocol::round::Job::Fetch { .. }) {
                     return Ok(());
                 }
+                self.has_base(host, job, &work)?;
                 let outcome = self.outcome(host, &work);
                 self.step(host, Input::Done { job, outcome })
             }
