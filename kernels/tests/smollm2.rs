@@ -59,14 +59,13 @@ fn packed_weights_stay_near_llama_cpp() {
         }
         // The reference's tokens are fed; where its margin is clear, ours must be the same choice.
         let margins = entry["margins"].as_array().unwrap();
-        let mut position = ids(&entry, "prompt_ids").len() as u32;
-        for (token, margin) in ids(&entry, "greedy_ids").into_iter().zip(margins) {
+        let first = ids(&entry, "prompt_ids").len() as u32;
+        for ((token, margin), position) in ids(&entry, "greedy_ids").into_iter().zip(margins).zip(first..) {
             let best = argmax(&logits) as usize;
             let behind = logits[best] - logits[token as usize];
             assert!(behind < 1.4, "{}: {behind} behind", entry["prompt"]);
             assert!(best == token as usize || margin.as_f64().unwrap() < 1.4);
             logits = forward(&mut chain, position, &[token]);
-            position += 1;
         }
     }
     let mean = sum / count as f32;

@@ -4,6 +4,11 @@
 //! kept `[kv_heads, capacity, head_dim]`. Each query's sums run over dimensions and positions in order, whether one
 //! position is asked or many.
 
+#![expect(
+    clippy::needless_range_loop,
+    reason = "indices name the rows and columns of a tile in registers"
+)]
+
 use rayon::prelude::*;
 
 use super::elementwise::softmax;

@@ -1,5 +1,10 @@
 //! Products with f32 weights: one loop for one position and for many, so that both give the same bits.
 
+#![expect(
+    clippy::needless_range_loop,
+    reason = "indices name the rows and columns of a tile in registers"
+)]
+
 use rayon::prelude::*;
 
 use super::lanes::{Lanes, Level, on_every_level};
