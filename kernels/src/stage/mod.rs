@@ -113,7 +113,8 @@ struct Session {
 }
 
 impl ServeStage {
-    /// Loads `range` from its part files, in the order of parts.
+    /// Loads `range` from its part files, in the order of parts. It computes on the CPU whatever the device is; of the
+    /// device it takes how much room caches may have.
     ///
     /// The last stage of a model whose projection is its embedding needs it too, unless it is also the first: the head's
     /// file holds it as `lm_head.weight`, or the embedding's file is given after the rest.
