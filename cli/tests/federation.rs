@@ -107,6 +107,21 @@ fn a_node_is_certified_by_hand_and_revoked() {
 }
 
 #[test]
+fn a_charter_that_cannot_be_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let home = folder.path().join("a");
+    let refused = run(
+        &home,
+        &["charter", "new", "One", "--institution", "Leiden", "--threshold", "2"],
+    );
+    assert_eq!(refused.status.code(), Some(1));
+    assert_eq!(
+        json(&home, &["institution", "list"])["institutions"],
+        Value::Array(vec![])
+    );
+}
+
+#[test]
 fn what_cannot_be_done_is_said_with_a_hint() {
     let folder = tempfile::tempdir().unwrap();
     for arguments in [

@@ -297,6 +297,39 @@ pub fn accept_renewal(home: &Home, members: &Members, answer: &[u8]) -> Result<(
     Ok(())
 }
 
+/// Renews the certificate of a home that holds its institution's key, when half of its life is over, or all of it: a
+/// gateway needs nobody else for that. Answers whether it did.
+///
+/// # Errors
+///
+/// [`EnrolError`] for a node that its institution has revoked, and for files.
+pub fn renew_own(home: &Home) -> Result<bool, EnrolError> {
+    let (Some(charters), Some(signed)) = (home.charters()?, home.certificate()?) else {
+        return Ok(false);
+    };
+    let Ok(old) = signed.open() else { return Ok(false) };
+    if !old.wants_renewal(unix_now()) {
+        return Ok(false);
+    }
+    let Some(own) = home.institution(old.institution)? else {
+        return Ok(false);
+    };
+    let mut membership = Membership::new(charters);
+    for list in home.revocations()? {
+        // A list that does not hold revokes nobody.
+        let _ = membership.revoke(list);
+    }
+    let node = home.node_key()?.node();
+    let list = membership.revocation(old.institution);
+    if list.is_some_and(|list| list.nodes.contains(&node)) {
+        return Err(EnrolError::Revoked(node));
+    }
+    let charters = membership.charters();
+    let certificate = certify(&own.key, charters, node, old.capabilities, CERTIFICATE_SECONDS)?;
+    home.save_certificate(&certificate)?;
+    Ok(true)
+}
+
 type Certified = (Signed<Certificate>, Charters, Vec<Signed<Revocation>>);
 
 fn read_answer(answer: &[u8]) -> Result<Certified, EnrolError> {
@@ -487,6 +520,16 @@ mod tests {
         assert!(members.wants_renewal());
         let answer = handle(&gateway.home, &gateway.members, node, &renewal_request(&members));
         accept_renewal(&home, &members, &answer).unwrap();
+        assert!(!members.wants_renewal());
+    }
+
+    #[test]
+    fn a_gateway_that_was_off_for_a_month_renews_its_own_certificate() {
+        let gateway = Gateway::new();
+        let old = gateway.certificate(gateway.members.node(), unix_now().0 - 3 * CERTIFICATE_SECONDS);
+        gateway.home.save_charters(&gateway.members.charters()).unwrap();
+        gateway.home.save_certificate(&old).unwrap();
+        let members = Members::open(&gateway.home).unwrap();
         assert!(!members.wants_renewal());
     }
 

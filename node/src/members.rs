@@ -11,6 +11,7 @@ use polder_protocol::identity::Signed;
 use polder_protocol::time::UnixSeconds;
 use thiserror::Error;
 
+use crate::enrol::renew_own;
 use crate::gate::{Admitted, Gate, Refused};
 use crate::home::{Home, HomeError};
 
@@ -50,6 +51,9 @@ impl Members {
     /// [`MembersError::NotEnrolled`] without charter or certificate, [`MembersError::Refused`] for a certificate that
     /// is expired, revoked or of another node.
     pub fn open(home: &Home) -> Result<Self, MembersError> {
+        if let Err(error) = renew_own(home) {
+            tracing::warn!(%error, "this gateway cannot renew its own certificate");
+        }
         let node = home.node_key()?.node();
         let charters = home.charters()?.ok_or(MembersError::NotEnrolled)?;
         let certificate = home.certificate()?.ok_or(MembersError::NotEnrolled)?;
@@ -81,19 +85,33 @@ impl Members {
         })
     }
 
-    /// Reads again what may have changed on disk: a longer chain of charters, newer revocations, a renewed certificate.
-    /// Answers whether anything did.
+    /// Brings this value and the home's files together: each takes what is newer in the other, charters and revocations
+    /// alike, and this value takes a renewed certificate. A gateway renews its own certificate when it is time. Answers
+    /// whether anything is new here.
     ///
     /// # Errors
     ///
-    /// [`MembersError::Home`] for files that cannot be read; nothing has changed then.
+    /// [`MembersError`] for files that cannot be read or written, or a certificate on disk that does not hold.
     pub fn reload(&self, home: &Home) -> Result<bool, MembersError> {
-        let (charters, certificate, lists) = (home.charters()?, home.certificate()?, home.revocations()?);
-        let mut changed = charters.is_some_and(|charters| self.update(charters));
-        for list in lists {
-            changed |= self.revoke(list).unwrap_or(false);
+        if let Err(error) = renew_own(home) {
+            tracing::warn!(%error, "this gateway cannot renew its own certificate");
         }
-        if let Some(certificate) = certificate
+        let _held = home.lock_membership()?;
+        let (charters, kept) = (home.charters()?, home.revocations()?);
+        let hash = charters.as_ref().map(Charters::hash);
+        let mut changed = charters.is_some_and(|charters| self.update(charters));
+        for list in &kept {
+            changed |= self.revoke(list.clone()).unwrap_or(false);
+        }
+        let newest = self.charters();
+        if hash != Some(newest.hash()) {
+            home.save_charters(&newest)?;
+        }
+        let lists = self.revocations();
+        if lists != kept {
+            home.save_revocations(&lists)?;
+        }
+        if let Some(certificate) = home.certificate()?
             && certificate != self.certificate()
         {
             self.renew(certificate)?;
@@ -313,6 +331,30 @@ mod tests {
         let members = Members::open(&home).unwrap();
         assert_eq!(members.institution_name(), "TU Delft");
         assert!(!members.reload(&home).unwrap());
+    }
+
+    #[test]
+    fn what_peers_told_is_kept_on_disk_and_what_was_kept_is_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let home = Home::open(folder.path()).unwrap();
+        home.save_charters(&charters()).unwrap();
+        home.save_certificate(&certify(home.node_key().unwrap().node()))
+            .unwrap();
+        let members = Members::open(&home).unwrap();
+        let list = |epoch| Revocation {
+            version: 1,
+            federation: charters().federation(),
+            institution: institution().institution(),
+            epoch,
+            nodes: vec![],
+            serials: vec![],
+        };
+        members.revoke(Signed::new(&institution(), &list(1))).unwrap();
+        assert!(!members.reload(&home).unwrap());
+        assert_eq!(home.revocations().unwrap(), members.revocations());
+        home.save_revocations(&[Signed::new(&institution(), &list(2))]).unwrap();
+        assert!(members.reload(&home).unwrap());
+        assert_eq!(home.revocations().unwrap(), members.revocations());
     }
 
     fn members(seed: u8) -> Members {

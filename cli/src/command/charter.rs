@@ -100,10 +100,8 @@ fn found(context: &Context, home: &Home, new: &New) -> anyhow::Result<()> {
             "add --institution \"NAME\"",
         ));
     }
-    let mut founders = Vec::new();
-    for name in &new.institution {
-        founders.push(home.new_institution(name)?);
-    }
+    let founders: Result<Vec<_>, _> = new.institution.iter().map(|name| Institution::draw(name)).collect();
+    let founders = founders?;
     let own = founders
         .iter()
         .map(|founder| (founder.key.institution(), founder.name.clone()));
@@ -123,6 +121,11 @@ fn found(context: &Context, home: &Home, new: &New) -> anyhow::Result<()> {
     charter.threshold = new.threshold.unwrap_or_else(|| majority(&charter));
     let mut signed = SignedCharter::new(&charter);
     founders.iter().for_each(|founder| signed.sign(&founder.key));
+    // Keys are kept once it is known that the charter holds, so that a mistake leaves nothing behind.
+    check(std::slice::from_ref(&signed), new.to.as_deref())?;
+    for founder in &founders {
+        home.keep_institution(founder)?;
+    }
     conclude(context, home, vec![signed], new.to.as_deref())
 }
 
@@ -213,28 +216,33 @@ fn show(context: &Context, home: &Home, file: Option<&Path>) -> anyhow::Result<(
 /// Writes the charter to the file, and takes it into force in this home when enough founders have signed.
 fn conclude(context: &Context, home: &Home, chain: Vec<SignedCharter>, to: Option<&Path>) -> anyhow::Result<()> {
     let mut answer = Answer::new(&chain)?;
+    let charters = check(&chain, to)?;
     if let Some(file) = to {
         write_whole(file, &chain_to_bytes(&chain))?;
     }
-    match Charters::new(chain) {
-        Ok(charters) => {
-            take(home, &charters)?;
-            answer.in_force_here = true;
-            answer.node_certified = certify_own_node(home, &charters)?;
-        }
-        Err(CharterError::Unsigned { .. }) if to.is_some() => {}
-        Err(error @ CharterError::Unsigned { .. }) => {
-            return Err(error)
-                .context("the charter needs more signatures than this home can give")
-                .hint("write it to a file for the others to sign: --to FILE");
-        }
-        Err(error) => return Err(error).context("the charter does not hold"),
+    if let Some(charters) = charters {
+        take(home, &charters)?;
+        answer.in_force_here = true;
+        answer.node_certified = certify_own_node(home, &charters)?;
     }
     context.show(&answer)
 }
 
+/// The charters, if enough founders have signed. Without a file for the others to sign, too few are a mistake.
+fn check(chain: &[SignedCharter], to: Option<&Path>) -> anyhow::Result<Option<Charters>> {
+    match Charters::new(chain.to_vec()) {
+        Ok(charters) => Ok(Some(charters)),
+        Err(CharterError::Unsigned { .. }) if to.is_some() => Ok(None),
+        Err(error @ CharterError::Unsigned { .. }) => Err(error)
+            .context("the charter needs more signatures than this home can give")
+            .hint("write it to a file for the others to sign: --to FILE"),
+        Err(error) => Err(error).context("the charter does not hold"),
+    }
+}
+
 /// Keeps the charters, unless this home holds other ones.
 fn take(home: &Home, charters: &Charters) -> anyhow::Result<()> {
+    let _held = home.lock_membership()?;
     match home.charters()? {
         Some(known) if known.hash() == charters.hash() => Ok(()),
         Some(known) if known.federation() != charters.federation() => bail!(

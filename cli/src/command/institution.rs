@@ -145,6 +145,7 @@ fn accept(context: &Context, home: &Home, file: &Path) -> anyhow::Result<()> {
 }
 
 fn revoke(context: &Context, home: &Home, node: NodeId, institution: Option<&str>) -> anyhow::Result<()> {
+    let _held = home.lock_membership()?;
     let charters = charters(home)?;
     let own = acting(home, charters.current(), institution)?;
     let mut membership = Membership::new(charters);

@@ -4,6 +4,7 @@
 //! HOME/
 //!   config.toml                settings, written by people
 //!   lock                       held by the daemon that uses this home
+//!   membership.lock            held for a moment by whoever changes charters or revocations
 //!   api.json                   where the running daemon answers; for its owner alone
 //!   node.key                   the node's secret seed; for its owner alone
 //!   charter                    the chain of charters
@@ -126,24 +127,27 @@ impl Home {
     /// [`HomeError::InUse`] while another process holds it.
     pub fn lock(&self) -> Result<HomeLock, HomeError> {
         let path = self.root.join("lock");
-        let failed = |source| HomeError::File {
-            what: "lock",
-            path: path.clone(),
-            source,
-        };
-        let file = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .map_err(failed)?;
+        let file = lock_file(&path)?;
         match file.try_lock() {
             Ok(()) => Ok(HomeLock { _file: file }),
             Err(TryLockError::WouldBlock) => Err(HomeError::InUse {
                 path: self.root.clone(),
             }),
-            Err(TryLockError::Error(source)) => Err(failed(source)),
+            Err(TryLockError::Error(source)) => Err(cannot_lock(&path, source)),
         }
+    }
+
+    /// Waits until nobody else changes charters or revocations, and keeps others from it until the answer is dropped.
+    /// Whoever reads one of them, changes it and writes it holds this meanwhile, so that no change is lost.
+    ///
+    /// # Errors
+    ///
+    /// [`HomeError::File`] where files cannot be locked.
+    pub fn lock_membership(&self) -> Result<HomeLock, HomeError> {
+        let path = self.root.join("membership.lock");
+        let file = lock_file(&path)?;
+        file.lock().map_err(|source| cannot_lock(&path, source))?;
+        Ok(HomeLock { _file: file })
     }
 
     /// The node's key, drawn on first use.
@@ -359,15 +363,50 @@ impl Home {
     ///
     /// [`HomeError`] where it cannot be written.
     pub fn new_institution(&self, name: &str) -> Result<Institution, HomeError> {
+        let institution = Institution::draw(name)?;
+        self.keep_institution(&institution)?;
+        Ok(institution)
+    }
+
+    /// Keeps the key of an institution.
+    ///
+    /// # Errors
+    ///
+    /// [`HomeError`] where it cannot be written.
+    pub fn keep_institution(&self, institution: &Institution) -> Result<(), HomeError> {
         let folder = self.root.join("institutions");
         make_folder(&folder)?;
-        let key = KeyPair::from_seed(&random_32()?);
-        let path = folder.join(format!("{}.key", key.institution()));
-        write_whole_as(&path, key_text(&key, name).as_bytes(), Access::Owner)?;
-        Ok(Institution {
+        let path = folder.join(format!("{}.key", institution.key.institution()));
+        let text = key_text(&institution.key, &institution.name);
+        write_whole_as(&path, text.as_bytes(), Access::Owner)
+    }
+}
+
+impl Institution {
+    /// Draws the key of a new institution, which is not kept anywhere yet.
+    ///
+    /// # Errors
+    ///
+    /// [`HomeError::Random`].
+    pub fn draw(name: &str) -> Result<Self, HomeError> {
+        Ok(Self {
             name: one_line(name),
-            key,
+            key: KeyPair::from_seed(&random_32()?),
         })
+    }
+}
+
+fn lock_file(path: &Path) -> Result<File, HomeError> {
+    let mut options = File::options();
+    options.create(true).truncate(false).write(true);
+    options.open(path).map_err(|source| cannot_lock(path, source))
+}
+
+fn cannot_lock(path: &Path, source: io::Error) -> HomeError {
+    HomeError::File {
+        what: "lock",
+        path: path.to_path_buf(),
+        source,
     }
 }
 
