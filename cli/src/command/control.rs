@@ -22,7 +22,11 @@ pub(crate) fn leave(context: &Context) -> anyhow::Result<()> {
         }
         std::thread::sleep(Duration::from_millis(50));
     }
-    bail!("the node (process {}) is still leaving after {} s", client.process(), LEAVE_TIME_MAX.as_secs())
+    bail!(
+        "the node (process {}) is still leaving after {} s",
+        client.process(),
+        LEAVE_TIME_MAX.as_secs()
+    )
 }
 
 /// Gives the device back to its owner now.

@@ -85,8 +85,15 @@ fn greet(context: &Context, started: &Started) -> anyhow::Result<()> {
         return crate::context::write_all(&format!("{line}\n"));
     }
     context.say(format_args!("Node        {}", started.node))?;
-    context.say(format_args!("Federation  {}, certified by {}", started.federation, started.institution))?;
-    context.say(format_args!("Listens     {}; data {}", started.control.join(", "), started.data))?;
+    context.say(format_args!(
+        "Federation  {}, certified by {}",
+        started.federation, started.institution
+    ))?;
+    context.say(format_args!(
+        "Listens     {}; data {}",
+        started.control.join(", "),
+        started.data
+    ))?;
     context.say(format_args!("Local API   http://{}/v1", started.api))?;
     context.say("Ready. Ctrl-C leaves in order; `polder status` tells more.")
 }
@@ -114,7 +121,9 @@ fn explain(error: DaemonError) -> anyhow::Error {
              federation with `polder charter new`"
         }
         DaemonError::Members(_) => "a gateway of your institution can certify this node anew: `polder invite` there",
-        DaemonError::Door { .. } => "is the gateway running, and does a firewall between here and there let it through?",
+        DaemonError::Door { .. } => {
+            "is the gateway running, and does a firewall between here and there let it through?"
+        }
         DaemonError::Api { .. } => "set `api` in config.toml to another port, or to port 0 for any",
         DaemonError::Data(_) => "set `data_port` in config.toml to another port, or to 0 for any",
         DaemonError::Control(_) => "set `control_port` in config.toml to another port, or to 0 for any",
@@ -133,8 +142,15 @@ fn detach(context: &Context, invite: Option<&str>) -> anyhow::Result<()> {
     let log = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
     let program = std::env::current_exe().context("cannot tell where this program lies")?;
     let mut command = Command::new(program);
-    command.arg("--home").arg(context.home()).arg("join").args(invite).stdin(Stdio::null());
-    command.stdout(log.try_clone().context("cannot use the log twice")?).stderr(log);
+    command
+        .arg("--home")
+        .arg(context.home())
+        .arg("join")
+        .args(invite)
+        .stdin(Stdio::null());
+    command
+        .stdout(log.try_clone().context("cannot use the log twice")?)
+        .stderr(log);
     #[cfg(unix)]
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
     let mut child = command.spawn().context("cannot start the node")?;

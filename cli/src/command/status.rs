@@ -13,7 +13,10 @@ use crate::context::Context;
 pub(crate) fn run(context: &Context) -> anyhow::Result<()> {
     let client = Client::open(context.home())?;
     let status: Status = client.get("/polder/v1/status")?;
-    context.show(&Answer { api: format!("http://{}/v1", client.address()), status })
+    context.show(&Answer {
+        api: format!("http://{}/v1", client.address()),
+        status,
+    })
 }
 
 #[derive(Serialize)]
@@ -27,8 +30,17 @@ impl fmt::Display for Answer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let status = &self.status;
         writeln!(f, "node        {}", status.node)?;
-        writeln!(f, "federation  {} ({})", status.federation.name, short(&status.federation.id))?;
-        writeln!(f, "certified   by {}, to {}", status.federation.institution, status.federation.capabilities)?;
+        writeln!(
+            f,
+            "federation  {} ({})",
+            status.federation.name,
+            short(&status.federation.id)
+        )?;
+        writeln!(
+            f,
+            "certified   by {}, to {}",
+            status.federation.institution, status.federation.capabilities
+        )?;
         writeln!(f, "folder      {}", status.home)?;
         writeln!(f, "local API   {}", self.api)?;
         writeln!(f, "up          {} s", status.uptime_seconds)?;
@@ -38,14 +50,32 @@ impl fmt::Display for Answer {
         }
         match (&status.device.running, &status.device.reason) {
             (true, _) => writeln!(f, "worker      running")?,
-            (false, reason) => writeln!(f, "worker      ended ({})", reason.as_deref().unwrap_or("no reason known"))?,
+            (false, reason) => writeln!(
+                f,
+                "worker      ended ({})",
+                reason.as_deref().unwrap_or("no reason known")
+            )?,
         }
         let traffic = status.traffic;
-        writeln!(f, "data plane  {} sent, {} received", ByteSize(traffic.sent_bytes), ByteSize(traffic.received_bytes))?;
+        writeln!(
+            f,
+            "data plane  {} sent, {} received",
+            ByteSize(traffic.sent_bytes),
+            ByteSize(traffic.received_bytes)
+        )?;
         writeln!(f, "peers       {}", status.peers.len())?;
         for peer in &status.peers {
-            let rtt = peer.rtt_micros.map_or_else(|| "-".into(), |micros| format!("{:.1} ms", micros as f64 / 1000.0));
-            writeln!(f, "  {}  {:<8} {:>9}  {}", short(&peer.node), peer.path, rtt, peer.institution)?;
+            let rtt = peer
+                .rtt_micros
+                .map_or_else(|| "-".into(), |micros| format!("{:.1} ms", micros as f64 / 1000.0));
+            writeln!(
+                f,
+                "  {}  {:<8} {:>9}  {}",
+                short(&peer.node),
+                peer.path,
+                rtt,
+                peer.institution
+            )?;
         }
         for run in &status.runs {
             writeln!(f, "run         {}", run.name)?;

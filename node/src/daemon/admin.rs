@@ -10,7 +10,8 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
 
-use super::{Shared, Status, Working};
+use super::{Shared, Status};
+use crate::epochs::Epochs;
 use crate::train;
 
 /// All administrative routes, behind the token.
@@ -22,6 +23,7 @@ pub(super) fn router(shared: Arc<Shared>, token: &str) -> Router {
         .route("/polder/v1/pause", post(pause))
         .route("/polder/v1/resume", post(resume))
         .route("/polder/v1/leave", post(leave))
+        .route("/polder/v1/publish", post(publish))
         .with_state(shared)
         .merge(training)
         .layer(middleware::from_fn(move |request: Request, next: Next| {
@@ -31,7 +33,11 @@ pub(super) fn router(shared: Arc<Shared>, token: &str) -> Router {
 }
 
 async fn check(expected: &str, request: Request, next: Next) -> Response {
-    let shown = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let shown = request
+        .headers()
+        .get(header::AUTHORIZATION)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
     // Compared by hash, so that the time it takes tells nothing of the token.
     if blake3::hash(shown.as_bytes()) == blake3::hash(expected.as_bytes()) {
         return next.run(request).await;
@@ -45,12 +51,12 @@ async fn status(State(shared): State<Arc<Shared>>) -> Json<Status> {
 }
 
 async fn pause(State(shared): State<Arc<Shared>>) -> Json<Value> {
-    shared.working.send_replace(Working::No("paused by its owner".into()));
+    shared.contribute.pause();
     Json(json!({ "works": false }))
 }
 
 async fn resume(State(shared): State<Arc<Shared>>) -> Json<Value> {
-    shared.working.send_replace(Working::Yes);
+    shared.contribute.resume();
     Json(json!({ "works": true }))
 }
 
@@ -62,4 +68,25 @@ async fn leave(State(shared): State<Arc<Shared>>) -> Json<Value> {
         stop.cancel();
     });
     Json(json!({ "leaving": true }))
+}
+
+/// Which run is published, and as what.
+#[derive(Debug, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Publish {
+    run: String,
+    name: String,
+}
+
+async fn publish(State(shared): State<Arc<Shared>>, Json(wanted): Json<Publish>) -> Result<Json<Value>, Response> {
+    let epoch = shared
+        .train
+        .publish(&wanted.run, &wanted.name, None)
+        .await
+        .map_err(IntoResponse::into_response)?;
+    let saved = Epochs::of(shared.home.root()).save(&epoch).map_err(|error| {
+        let reason = json!({ "error": { "message": error.to_string() } });
+        (StatusCode::INTERNAL_SERVER_ERROR, Json(reason)).into_response()
+    })?;
+    Ok(Json(json!({ "epoch": saved.to_string(), "name": epoch.name })))
 }

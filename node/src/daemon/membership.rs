@@ -25,7 +25,9 @@ pub(super) async fn enrol(home: &Home, seed: [u8; 32], invite: &Invite) -> Resul
     let (control, driver) = control::start(config, gate).await?;
     let mut last = None;
     for door in &invite.doors {
-        let answer = control.request_at(door.node, &door.control, Service::Enrol, enrol::request(invite)).await;
+        let answer = control
+            .request_at(door.node, &door.control, Service::Enrol, enrol::request(invite))
+            .await;
         match answer {
             Ok(answer) => {
                 let (home, invite) = (home.clone(), invite.clone());
@@ -100,12 +102,17 @@ fn answer_revocations(members: Arc<Members>, control: &ControlHandle) {
 }
 
 /// What members tell each other: the chain of charters, and each institution's newest list of revocations.
-type News = (Vec<u8>, Vec<polder_protocol::identity::Signed<polder_protocol::charter::Revocation>>);
+type News = (
+    Vec<u8>,
+    Vec<polder_protocol::identity::Signed<polder_protocol::charter::Revocation>>,
+);
 
 fn take(members: &Members, body: &[u8]) -> bool {
-    let Ok((charters, lists)) = postcard::from_bytes::<News>(body) else { return false };
-    let mut changed = polder_protocol::charter::Charters::from_bytes(&charters)
-        .is_ok_and(|charters| members.update(charters));
+    let Ok((charters, lists)) = postcard::from_bytes::<News>(body) else {
+        return false;
+    };
+    let mut changed =
+        polder_protocol::charter::Charters::from_bytes(&charters).is_ok_and(|charters| members.update(charters));
     for list in lists {
         changed |= members.revoke(list).unwrap_or(false);
     }
@@ -157,7 +164,10 @@ async fn renew(home: &Home, members: &Arc<Members>, control: &ControlHandle) {
     }
     let own = members.institution();
     for peer in control.present().into_iter().filter(|peer| peer.institution == own) {
-        let Ok(answer) = control.request(peer.node, Service::Enrol, enrol::renewal_request(members)).await else {
+        let Ok(answer) = control
+            .request(peer.node, Service::Enrol, enrol::renewal_request(members))
+            .await
+        else {
             continue;
         };
         let (home, members) = (home.clone(), Arc::clone(members));
@@ -171,7 +181,10 @@ async fn renew(home: &Home, members: &Arc<Members>, control: &ControlHandle) {
 /// Peers to start from: those of the invite, and those that were met.
 pub(super) fn bootstrap(home: &Home) -> Result<Vec<(NodeId, Vec<String>)>, DaemonError> {
     let known = home.peers()?;
-    Ok(known.iter().filter_map(|peer| Some((peer.id()?, peer.control.clone()))).collect())
+    Ok(known
+        .iter()
+        .filter_map(|peer| Some((peer.id()?, peer.control.clone())))
+        .collect())
 }
 
 /// Keeps the peers that are present, for the next start.

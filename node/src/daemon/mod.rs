@@ -4,6 +4,7 @@ mod admin;
 mod config;
 mod local;
 mod membership;
+mod models;
 mod network;
 mod status;
 
@@ -13,10 +14,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
+use polder_protocol::charter::Capabilities;
 use polder_protocol::hash::hex;
 use polder_protocol::identity::KeyPair;
 use polder_protocol::invite::Invite;
-use polder_protocol::charter::Capabilities;
+use polder_protocol::policy::Verdict;
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -25,13 +27,16 @@ pub use config::{Config, ConfigError, Contribute};
 pub use local::LocalApi;
 pub use status::{DeviceStatus, FederationStatus, PeerStatus, Status, TrafficStatus};
 
+use crate::contribute::{self, ContributeHandle};
 use crate::control::{self, ControlConfig, ControlError, ControlHandle};
 use crate::data::{BlobError, BlobStore, DataConfig, DataError, DataPlane};
 use crate::device::{Device, Process};
+use crate::directory::{self, DirectoryHandle};
 use crate::enrol::EnrolError;
 use crate::gate::{AddressBook, Gate};
 use crate::home::{Home, HomeError, HomeLock, KnownPeer, random_32};
 use crate::members::{Members, MembersError};
+use crate::serve::{self, ServeConfig, ServeHandle};
 use crate::train::{self, TrainConfig, TrainError, TrainHandle};
 use network::{LateBook, hang_up_on_the_lost};
 
@@ -65,6 +70,8 @@ pub enum DaemonError {
     Train(#[from] TrainError),
     #[error("the local interface cannot listen on {address}: {source}")]
     Api { address: SocketAddr, source: io::Error },
+    #[error("`contribute.windows` in config.toml is not understood")]
+    Window(#[from] polder_protocol::policy::WindowError),
     #[error("cannot {what}")]
     System { what: &'static str, source: io::Error },
 }
@@ -104,6 +111,9 @@ pub(crate) struct Shared {
     pub(crate) data: DataPlane,
     pub(crate) device: Device,
     pub(crate) train: TrainHandle,
+    pub(crate) directory: DirectoryHandle,
+    pub(crate) serve: ServeHandle,
+    pub(crate) contribute: ContributeHandle,
     pub(crate) working: tokio::sync::watch::Sender<Working>,
     pub(crate) stop: CancellationToken,
 }
@@ -113,6 +123,15 @@ pub(crate) struct Shared {
 pub(crate) enum Working {
     Yes,
     No(String),
+}
+
+impl Working {
+    fn of(verdict: &Verdict) -> Self {
+        match verdict {
+            Verdict::MayWork => Self::Yes,
+            Verdict::MustYield(reason) => Self::No(reason.to_string()),
+        }
+    }
 }
 
 impl Daemon {
@@ -137,7 +156,7 @@ impl Daemon {
             Arc::clone(&book) as Arc<dyn AddressBook>,
             blobs,
         )?;
-        let control = start_control(&home, &config, &key, &members, gate, &data).await?;
+        let control = start_control(&home, &config, &key, &members, Arc::clone(&gate), &data).await?;
         // Set once, here.
         let _ = book.0.set(control.clone());
         membership::keep(&home, &members, &control);
@@ -158,6 +177,23 @@ impl Daemon {
         )?;
         planes.listen(train.clone(), stop.clone());
         hang_up_on_the_lost(&control, &data);
+        let directory = directory::start(
+            control.clone(),
+            KeyPair::from_seed(&key.seed()),
+            members.federation(),
+            gate,
+        );
+        let mut serving = ServeConfig::new(members.institution());
+        serving.sessions_max = config.sessions_max;
+        serving.context_tokens_max = config.context_tokens_max;
+        let serve = serve::start(
+            serving,
+            Arc::new(directory.clone()),
+            data.clone(),
+            data.blobs().clone(),
+            device.clone(),
+        );
+        let policy = contribute::policy(&config.contribute)?;
         let shared = Arc::new(Shared {
             began: Instant::now(),
             home: home.clone(),
@@ -167,13 +203,22 @@ impl Daemon {
             data,
             device,
             train,
+            directory,
+            serve,
+            contribute: contribute::start(policy, false),
             working: tokio::sync::watch::Sender::new(Working::Yes),
             stop,
         });
         obey(&shared);
+        models::keep(&shared);
         let api = serve_api(&shared).await?;
         let started = shared.started(api)?;
-        Ok(Self { home, _lock: lock, shared, started })
+        Ok(Self {
+            home,
+            _lock: lock,
+            shared,
+            started,
+        })
     }
 
     /// What a person wants to read now.
@@ -196,7 +241,9 @@ impl Daemon {
         self.shared.stop.cancel();
         membership::remember(&self.home, &self.shared.control);
         let stopping = async {
+            self.shared.serve.stop();
             self.shared.train.shutdown().await;
+            self.shared.directory.shutdown().await;
             self.shared.control.clone().shutdown().await;
             self.shared.data.shutdown().await;
         };
@@ -238,7 +285,10 @@ async fn start_control(
     let family = if config.listen.is_ipv4() { "ip4" } else { "ip6" };
     let (address, port) = (config.listen, config.control_port);
     let mut plane = ControlConfig::loopback(key.seed());
-    plane.listen = vec![format!("/{family}/{address}/tcp/{port}"), format!("/{family}/{address}/udp/{port}/quic-v1")];
+    plane.listen = vec![
+        format!("/{family}/{address}/tcp/{port}"),
+        format!("/{family}/{address}/udp/{port}/quic-v1"),
+    ];
     plane.external.clone_from(&config.external);
     plane.bootstrap = membership::bootstrap(home)?;
     plane.mdns = config.mdns;
@@ -254,7 +304,10 @@ async fn start_control(
 }
 
 fn start_device(config: &Config) -> Result<Device, DaemonError> {
-    let program = Process::this_program().map_err(|source| DaemonError::System { what: "find this program", source })?;
+    let program = Process::this_program().map_err(|source| DaemonError::System {
+        what: "find this program",
+        source,
+    })?;
     let mut process = program.device(&config.device);
     if config.threads > 0 {
         process = process.threads(usize::try_from(config.threads).unwrap_or(usize::MAX));
@@ -266,6 +319,8 @@ fn start_device(config: &Config) -> Result<Device, DaemonError> {
 fn obey(shared: &Arc<Shared>) {
     let (decided, shared_) = (shared.working.subscribe(), Arc::clone(shared));
     let mut decided = decided;
+    let mut verdicts = shared.contribute.decisions();
+    shared.working.send_replace(Working::of(&verdicts.borrow_and_update()));
     tokio::spawn(async move {
         let mut remember = tokio::time::interval(REMEMBER_EVERY);
         loop {
@@ -281,6 +336,13 @@ fn obey(shared: &Arc<Shared>) {
                         tracing::debug!(%error, "training does not hear whether it may work");
                     }
                 }
+                changed = verdicts.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    let verdict = verdicts.borrow_and_update().clone();
+                    shared_.working.send_replace(Working::of(&verdict));
+                }
                 _ = remember.tick() => membership::remember(&shared_.home, &shared_.control),
                 () = shared_.stop.cancelled() => return,
             }
@@ -290,15 +352,27 @@ fn obey(shared: &Arc<Shared>) {
 
 async fn serve_api(shared: &Arc<Shared>) -> Result<SocketAddr, DaemonError> {
     let wanted = shared.config.api;
-    let failed = |source| DaemonError::Api { address: wanted, source };
+    let failed = |source| DaemonError::Api {
+        address: wanted,
+        source,
+    };
     let listener = TcpListener::bind(wanted).await.map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
-    let api = LocalApi { address, token: hex(&random_32()?), process: std::process::id() };
-    api.write(shared.home.root()).map_err(|source| DaemonError::System { what: "write api.json", source })?;
-    let router: Router = admin::router(Arc::clone(shared), &api.token);
+    let api = LocalApi {
+        address,
+        token: hex(&random_32()?),
+        process: std::process::id(),
+    };
+    api.write(shared.home.root()).map_err(|source| DaemonError::System {
+        what: "write api.json",
+        source,
+    })?;
+    let router: Router = admin::router(Arc::clone(shared), &api.token).merge(crate::api::router(shared.serve.clone()));
     let stop = shared.stop.clone();
     tokio::spawn(async move {
-        let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await;
+        let served = axum::serve(listener, router)
+            .with_graceful_shutdown(stop.cancelled_owned())
+            .await;
         if let Err(error) = served {
             tracing::error!(%error, "the local interface has stopped");
         }

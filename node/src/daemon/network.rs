@@ -15,7 +15,10 @@ pub(super) struct LateBook(pub(super) OnceLock<ControlHandle>);
 
 impl AddressBook for LateBook {
     fn data_addresses(&self, peer: NodeId) -> Vec<SocketAddr> {
-        self.0.get().map(|control| control.data_addresses(peer)).unwrap_or_default()
+        self.0
+            .get()
+            .map(|control| control.data_addresses(peer))
+            .unwrap_or_default()
     }
 }
 

@@ -95,8 +95,14 @@ impl Shared {
             Working::No(reason) => Some(reason.clone()),
         };
         let device = match &*self.device.life().borrow() {
-            Life::Running(_) => DeviceStatus { running: true, reason: None },
-            Life::Down(reason) => DeviceStatus { running: false, reason: Some(reason.clone()) },
+            Life::Running(_) => DeviceStatus {
+                running: true,
+                reason: None,
+            },
+            Life::Down(reason) => DeviceStatus {
+                running: false,
+                reason: Some(reason.clone()),
+            },
         };
         Status {
             node: self.control.node().to_string(),
@@ -135,7 +141,10 @@ impl Shared {
             .into_iter()
             .map(|peer| PeerStatus {
                 node: peer.node.to_string(),
-                institution: self.members.name_of(peer.institution).unwrap_or_else(|| peer.institution.short()),
+                institution: self
+                    .members
+                    .name_of(peer.institution)
+                    .unwrap_or_else(|| peer.institution.short()),
                 path: path(peer.path).into(),
                 rtt_micros: peer.rtt.and_then(|rtt| u64::try_from(rtt.as_micros()).ok()),
                 agent: peer.agent.chars().filter(|letter| !letter.is_control()).collect(),

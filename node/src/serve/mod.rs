@@ -223,6 +223,16 @@ impl ServeHandle {
         id
     }
 
+    /// Whether an epoch is known.
+    pub fn knows(&self, epoch: EpochId) -> bool {
+        self.inner.lock().epochs.contains_key(&epoch)
+    }
+
+    /// Whether this node holds a stage of an epoch, or is about to.
+    pub fn wants(&self, epoch: EpochId) -> bool {
+        self.inner.lock().wanted.contains_key(&epoch)
+    }
+
     /// The epochs that are known, with whether a chain for them is there now.
     pub fn models(&self) -> Vec<(EpochId, Arc<Epoch>, bool)> {
         let epochs: Vec<_> = self

@@ -3,6 +3,7 @@
 //! Everything is real: processes, keys, certificates, sockets, rounds. Only the network is the loopback interface.
 
 mod processes;
+mod question;
 mod screen;
 mod texts;
 mod view;
@@ -58,9 +59,18 @@ pub(crate) fn run(context: &Context, arguments: &Arguments) -> anyhow::Result<()
     let mut display = Display::new(context)?;
     let mut nodes = found(&folder.path, arguments, &mut display)?;
     let view = train(&folder.path, &mut nodes, arguments, &mut display, &stop)?;
-    drop(display);
     let memory: u64 = nodes.iter().filter_map(Node::memory_bytes).sum();
-    summary(context, &view, began.elapsed(), memory)?;
+    let answers = if stop.load(Ordering::Relaxed) {
+        Vec::new()
+    } else {
+        display.show(&View {
+            headline: "the model is published, held as two stages, and asked".into(),
+            ..view.clone()
+        })?;
+        question::ask(&nodes, RUN, &stop)?
+    };
+    drop(display);
+    summary(context, &view, &answers, began.elapsed(), memory)?;
     for node in &mut nodes {
         node.stop();
     }
@@ -96,7 +106,10 @@ impl Drop for Folder {
 
 /// Ctrl-C ends the demonstration in order: nodes first, then the folder.
 fn notice_interrupts(stop: &Arc<AtomicBool>) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start a runtime")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start a runtime")?;
     let stop = Arc::clone(stop);
     std::thread::spawn(move || {
         runtime.block_on(async {
@@ -130,16 +143,29 @@ fn found(root: &Path, arguments: &Arguments, display: &mut Display) -> anyhow::R
     for number in 0..count {
         let (institution, name) = place(number, count);
         let blocks = if is_half(number, count) { BLOCKS / 2 } else { 0 };
-        let mut node = Node::prepare(root, &name, &format!("threads = 1\nblocks_max = {blocks}\n"))?;
+        // The model is asked through the nodes that hold a half each.
+        let serve = count < 4 || is_half(number, count);
+        let settings = format!("threads = 1\nblocks_max = {blocks}\nserve = {serve}\n");
+        let mut node = Node::prepare(root, &name, &settings)?;
         if let Some(gateway) = nodes.first() {
             display.headline(&format!("{name} joins with an invite of {institution}"))?;
             let invite: Value = gateway.verb(&["invite", "--institution", institution])?;
-            let line = invite.get("invite").and_then(Value::as_str).context("the gateway printed no invite")?;
+            let line = invite
+                .get("invite")
+                .and_then(Value::as_str)
+                .context("the gateway printed no invite")?;
             node.start(&[line])?;
         } else {
             display.headline("Leiden and Uppsala found a federation")?;
-            let _: Value =
-                node.verb(&["charter", "new", "Delta", "--institution", "Leiden", "--institution", "Uppsala"])?;
+            let _: Value = node.verb(&[
+                "charter",
+                "new",
+                "Delta",
+                "--institution",
+                "Leiden",
+                "--institution",
+                "Uppsala",
+            ])?;
             node.start(&[])?;
         }
         node.wait_until_up()?;
@@ -182,7 +208,11 @@ fn train(
     let steward = nodes.first().context("there is no node")?;
     let file = root.join("run.toml");
     fs::write(&file, run_file(rounds, replicas, &held_out)?)?;
-    let _: Value = steward.verb(&["run", "new", file.to_str().context("the temporary folder's name is not text")?])?;
+    let _: Value = steward.verb(&[
+        "run",
+        "new",
+        file.to_str().context("the temporary folder's name is not text")?,
+    ])?;
     let _: Value = steward.verb(&["run", "start", RUN])?;
     let deadline = Instant::now() + Duration::from_secs_f64(arguments.minutes * 60.0);
     let mut watched = Watched::new(nodes, RUN, rounds)?;
@@ -194,7 +224,10 @@ fn train(
         let late = Instant::now() > deadline + Duration::from_secs(20);
         if done || late || stop.load(Ordering::Relaxed) {
             if view.rounds.0 == 0 && !stop.load(Ordering::Relaxed) {
-                bail!("no round was finished: {}", watched.trouble().unwrap_or_else(|| "no node says why".into()));
+                bail!(
+                    "no round was finished: {}",
+                    watched.trouble().unwrap_or_else(|| "no node says why".into())
+                );
             }
             return Ok(view);
         }
@@ -207,7 +240,12 @@ fn train(
 }
 
 fn run_file(rounds: u64, replicas: usize, held_out: &Path) -> anyhow::Result<String> {
-    let folder = toml::Value::String(held_out.to_str().context("the temporary folder's name is not text")?.to_owned());
+    let folder = toml::Value::String(
+        held_out
+            .to_str()
+            .context("the temporary folder's name is not text")?
+            .to_owned(),
+    );
     Ok(format!(
         "name = \"{RUN}\"\nrounds = {rounds}\nseed = 1948\n\n\
          [model]\nhidden = 128\nblocks = {BLOCKS}\nheads = 4\ncontext = 256\n\n\
@@ -218,15 +256,23 @@ fn run_file(rounds: u64, replicas: usize, held_out: &Path) -> anyhow::Result<Str
     ))
 }
 
-fn summary(context: &Context, view: &View, took: Duration, memory: u64) -> anyhow::Result<()> {
+fn summary(
+    context: &Context,
+    view: &View,
+    answers: &[question::Answer],
+    took: Duration,
+    memory: u64,
+) -> anyhow::Result<()> {
     let (now, order_0, compressor) = view.means().unwrap_or_default();
-    let better = |pick: fn(&view::LanguageLine) -> f64| view.languages.values().filter(|line| line.now < pick(line)).count();
+    let better =
+        |pick: fn(&view::LanguageLine) -> f64| view.languages.values().filter(|line| line.now < pick(line)).count();
     if context.json() {
         let line = serde_json::json!({
             "rounds": view.rounds.0, "rounds_agreed": view.rounds_agreed, "loss": view.loss(),
             "bits_per_byte": now, "order_0_bits_per_byte": order_0, "compressor_bits_per_byte": compressor,
             "tokens_per_second": view.tokens_per_second, "sent_bytes": view.sent_bytes, "dense_bytes": view.dense_bytes,
             "seconds": took.as_secs_f64(), "memory_bytes": memory,
+            "answers": answers.iter().map(|answer| serde_json::json!({ "beginning": answer.beginning, "text": answer.text, "nodes": answer.nodes })).collect::<Vec<_>>(),
         });
         return crate::context::write_all(&format!("{line}\n"));
     }
@@ -251,7 +297,20 @@ fn summary(context: &Context, view: &View, took: Duration, memory: u64) -> anyho
         "  traffic    {} sent; dense f32 data parallelism would have sent {}{}",
         bytes(view.sent_bytes),
         bytes(view.dense_bytes),
-        view.saving().map_or_else(String::new, |saving| format!(", {saving:.0} times as much")),
+        view.saving()
+            .map_or_else(String::new, |saving| format!(", {saving:.0} times as much")),
     ))?;
-    context.say(format_args!("  memory     {} in all nodes and workers", bytes(memory)))
+    context.say(format_args!("  memory     {} in all nodes and workers", bytes(memory)))?;
+    for answer in answers {
+        context.say(format_args!(
+            "  asked      {}[{}]",
+            answer.beginning,
+            answer.text.trim_end()
+        ))?;
+        context.say(format_args!(
+            "             computed by {}",
+            answer.nodes.join(", then ")
+        ))?;
+    }
+    Ok(())
 }

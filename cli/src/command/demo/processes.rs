@@ -22,6 +22,8 @@ pub(crate) struct Node {
     pub(crate) name: String,
     /// Its folder.
     pub(crate) home: PathBuf,
+    /// Its id, once it is up.
+    pub(crate) id: Option<String>,
     child: Option<Child>,
 }
 
@@ -33,7 +35,12 @@ impl Node {
         let base = "listen = \"127.0.0.1\"\ncontrol_port = 0\ndata_port = 0\napi = \"127.0.0.1:0\"\nmdns = false\n";
         fs::write(home.join("config.toml"), format!("{base}{configuration}"))
             .with_context(|| format!("cannot write the configuration of {name}"))?;
-        Ok(Self { name: name.to_owned(), home, child: None })
+        Ok(Self {
+            name: name.to_owned(),
+            home,
+            id: None,
+            child: None,
+        })
     }
 
     /// Runs a verb of this very program on the node's folder and reads its JSON answer.
@@ -47,18 +54,36 @@ impl Node {
             .output()
             .with_context(|| format!("cannot run polder {}", arguments.join(" ")))?;
         if !output.status.success() {
-            bail!("polder {} failed on {}:\n{}", arguments.join(" "), self.name, String::from_utf8_lossy(&output.stderr));
+            bail!(
+                "polder {} failed on {}:\n{}",
+                arguments.join(" "),
+                self.name,
+                String::from_utf8_lossy(&output.stderr)
+            );
         }
-        serde_json::from_slice(&output.stdout)
-            .with_context(|| format!("polder {} printed no JSON: {}", arguments.join(" "), String::from_utf8_lossy(&output.stdout)))
+        serde_json::from_slice(&output.stdout).with_context(|| {
+            format!(
+                "polder {} printed no JSON: {}",
+                arguments.join(" "),
+                String::from_utf8_lossy(&output.stdout)
+            )
+        })
     }
 
     /// Starts `polder join` with these further arguments, its log in the node's folder.
     pub(crate) fn start(&mut self, arguments: &[&str]) -> anyhow::Result<()> {
         let log = File::create(self.log()).with_context(|| format!("cannot make the log of {}", self.name))?;
         let mut command = program()?;
-        command.arg("--home").arg(&self.home).arg("join").args(arguments).stdin(Stdio::null());
-        command.stdout(log.try_clone()?).stderr(log).env("POLDER_LOG", log_level());
+        command
+            .arg("--home")
+            .arg(&self.home)
+            .arg("join")
+            .args(arguments)
+            .stdin(Stdio::null());
+        command
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .env("POLDER_LOG", log_level());
         // Ctrl-C reaches the demonstration alone, which then ends its nodes in order.
         #[cfg(unix)]
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
@@ -76,12 +101,21 @@ impl Node {
                 bail!("{} ended at once ({status}):\n{}", self.name, self.last_words());
             }
             if let Ok(client) = Client::open(&self.home)
-                && client.get::<serde_json::Value>("/polder/v1/status").is_ok()
+                && let Ok(status) = client.get::<serde_json::Value>("/polder/v1/status")
             {
+                self.id = status
+                    .get("node")
+                    .and_then(serde_json::Value::as_str)
+                    .map(ToOwned::to_owned);
                 return Ok(client);
             }
             if Instant::now() > deadline {
-                bail!("{} did not come up in {} s:\n{}", self.name, START_TIME_MAX.as_secs(), self.last_words());
+                bail!(
+                    "{} did not come up in {} s:\n{}",
+                    self.name,
+                    START_TIME_MAX.as_secs(),
+                    self.last_words()
+                );
             }
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -91,7 +125,10 @@ impl Node {
     pub(crate) fn last_words(&self) -> String {
         let text = fs::read_to_string(self.log()).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
-        lines.get(lines.len().saturating_sub(12)..).unwrap_or_default().join("\n")
+        lines
+            .get(lines.len().saturating_sub(12)..)
+            .unwrap_or_default()
+            .join("\n")
     }
 
     /// Resident memory of the node and its worker in bytes, where the system tells.
@@ -139,7 +176,9 @@ impl Drop for Node {
 }
 
 fn program() -> anyhow::Result<Command> {
-    Ok(Command::new(std::env::current_exe().context("cannot tell where this program lies")?))
+    Ok(Command::new(
+        std::env::current_exe().context("cannot tell where this program lies")?,
+    ))
 }
 
 fn log_level() -> String {
@@ -149,13 +188,20 @@ fn log_level() -> String {
 fn resident_bytes(process: u32) -> Option<u64> {
     let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
     let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
-    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kibibytes| kibibytes * 1024)
+    line.split_whitespace()
+        .nth(1)?
+        .parse::<u64>()
+        .ok()
+        .map(|kibibytes| kibibytes * 1024)
 }
 
 fn children_of(process: u32) -> Vec<u32> {
     let path = format!("/proc/{process}/task/{process}/children");
     let by_main_thread = fs::read_to_string(path).unwrap_or_default();
-    let mut children: Vec<u32> = by_main_thread.split_whitespace().filter_map(|id| id.parse().ok()).collect();
+    let mut children: Vec<u32> = by_main_thread
+        .split_whitespace()
+        .filter_map(|id| id.parse().ok())
+        .collect();
     // A child belongs to the thread that started it.
     if let Ok(tasks) = fs::read_dir(format!("/proc/{process}/task")) {
         for task in tasks.flatten() {

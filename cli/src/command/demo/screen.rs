@@ -17,9 +17,13 @@ const GOOD: Color = Color::Rgb(80, 200, 120);
 
 /// Draws the whole picture.
 pub(crate) fn draw(frame: &mut Frame<'_>, view: &View) {
-    let [head, gauge, middle, foot] =
-        Layout::vertical([Constraint::Length(1), Constraint::Length(1), Constraint::Min(8), Constraint::Length(1)])
-            .areas(frame.area());
+    let [head, gauge, middle, foot] = Layout::vertical([
+        Constraint::Length(1),
+        Constraint::Length(1),
+        Constraint::Min(8),
+        Constraint::Length(1),
+    ])
+    .areas(frame.area());
     let clock = format!("{:>3} s", view.elapsed.as_secs());
     frame.render_widget(
         Line::from(vec![
@@ -30,7 +34,11 @@ pub(crate) fn draw(frame: &mut Frame<'_>, view: &View) {
         head,
     );
     let (done, planned) = view.rounds;
-    let ratio = if planned == 0 { 0.0 } else { (done as f64 / planned as f64).clamp(0.0, 1.0) };
+    let ratio = if planned == 0 {
+        0.0
+    } else {
+        (done as f64 / planned as f64).clamp(0.0, 1.0)
+    };
     frame.render_widget(
         Gauge::default()
             .ratio(ratio)
@@ -39,9 +47,11 @@ pub(crate) fn draw(frame: &mut Frame<'_>, view: &View) {
         gauge,
     );
     let [left, right] = Layout::horizontal([Constraint::Length(44), Constraint::Min(30)]).areas(middle);
-    let [nodes, curve] =
-        Layout::vertical([Constraint::Length(u16::try_from(view.nodes.len()).unwrap_or(4).saturating_add(2)), Constraint::Min(4)])
-            .areas(left);
+    let [nodes, curve] = Layout::vertical([
+        Constraint::Length(u16::try_from(view.nodes.len()).unwrap_or(4).saturating_add(2)),
+        Constraint::Min(4),
+    ])
+    .areas(left);
     draw_nodes(frame, nodes, view);
     draw_curve(frame, curve, view);
     draw_languages(frame, right, view);
@@ -76,10 +86,20 @@ fn draw_curve(frame: &mut Frame<'_>, area: Rect, view: &View) {
     let title = format!("loss {loss} · {:.0} tokens/s", view.tokens_per_second);
     let lowest = view.losses.iter().copied().fold(f64::INFINITY, f64::min);
     // Thousandths of a nat above a floor just below the lowest, so that the curve fills its panel.
-    let data: Vec<u64> = view.losses.iter().map(|loss| ((loss - lowest) * 1_000.0) as u64 + 100).collect();
+    let data: Vec<u64> = view
+        .losses
+        .iter()
+        .map(|loss| ((loss - lowest) * 1_000.0) as u64 + 100)
+        .collect();
     let width = usize::from(area.width.saturating_sub(2));
     let shown = data.get(data.len().saturating_sub(width)..).unwrap_or_default();
-    frame.render_widget(Sparkline::default().block(panel(&title)).style(Style::new().fg(ACCENT)).data(shown), area);
+    frame.render_widget(
+        Sparkline::default()
+            .block(panel(&title))
+            .style(Style::new().fg(ACCENT))
+            .data(shown),
+        area,
+    );
 }
 
 fn draw_languages(frame: &mut Frame<'_>, area: Rect, view: &View) {
@@ -89,7 +109,8 @@ fn draw_languages(frame: &mut Frame<'_>, area: Rect, view: &View) {
     let rows = usize::from(inner.height).max(1);
     let columns = view.languages.len().div_ceil(rows).clamp(1, 3);
     let per_column = view.languages.len().div_ceil(columns);
-    let areas = Layout::horizontal(vec![Constraint::Ratio(1, u32::try_from(columns).unwrap_or(1)); columns]).split(inner);
+    let areas =
+        Layout::horizontal(vec![Constraint::Ratio(1, u32::try_from(columns).unwrap_or(1)); columns]).split(inner);
     let all: Vec<(&String, &LanguageLine)> = view.languages.iter().collect();
     for (chunk, area) in all.chunks(per_column.max(1)).zip(areas.iter()) {
         let lines: Vec<Line<'_>> = chunk
@@ -105,7 +126,10 @@ fn draw_languages(frame: &mut Frame<'_>, area: Rect, view: &View) {
                 Line::from(vec![
                     Span::styled(format!("{code:<3}"), Style::new().add_modifier(Modifier::BOLD)),
                     Span::styled(format!("{:5.2}", line.now), Style::new().fg(color)),
-                    Span::styled(format!(" {:4.2} {:4.2}", line.compressor, line.order_0), Style::new().fg(QUIET)),
+                    Span::styled(
+                        format!(" {:4.2} {:4.2}", line.compressor, line.order_0),
+                        Style::new().fg(QUIET),
+                    ),
                 ])
             })
             .collect();
@@ -114,10 +138,20 @@ fn draw_languages(frame: &mut Frame<'_>, area: Rect, view: &View) {
 }
 
 fn traffic(view: &View) -> Line<'static> {
-    let saving = view.saving().map_or_else(|| "-".into(), |saving| format!("{saving:.0} times less"));
-    let agreed = if view.rounds_agreed == view.rounds.0 { GOOD } else { Color::Red };
+    let saving = view
+        .saving()
+        .map_or_else(|| "-".into(), |saving| format!("{saving:.0} times less"));
+    let agreed = if view.rounds_agreed == view.rounds.0 {
+        GOOD
+    } else {
+        Color::Red
+    };
     Line::from(vec![
-        Span::raw(format!("sent {} · dense f32 would have sent {} · ", bytes(view.sent_bytes), bytes(view.dense_bytes))),
+        Span::raw(format!(
+            "sent {} · dense f32 would have sent {} · ",
+            bytes(view.sent_bytes),
+            bytes(view.dense_bytes)
+        )),
         Span::styled(saving, Style::new().fg(GOOD)),
         Span::raw(" · "),
         Span::styled(
@@ -143,7 +177,14 @@ mod tests {
         let mut terminal = Terminal::new(TestBackend::new(110, HEIGHT)).expect("a buffer");
         terminal.draw(|frame| draw(frame, &view)).expect("drawn");
         let text = terminal.backend().to_string();
-        for word in ["leiden-1", "uppsala-2", "de", "el", "round 3 of 12", "equal hashes after 3 of 3 rounds"] {
+        for word in [
+            "leiden-1",
+            "uppsala-2",
+            "de",
+            "el",
+            "round 3 of 12",
+            "equal hashes after 3 of 3 rounds",
+        ] {
             assert!(text.contains(word), "{word} is missing from:\n{text}");
         }
     }
@@ -163,7 +204,11 @@ mod tests {
             state: "training".into(),
             state_hash: "0badcafe".into(),
         };
-        let line = LanguageLine { order_0: 4.2, compressor: 2.9, first: 5.0, now: 2.7 };
+        let line = LanguageLine {
+            order_0: 4.2,
+            compressor: 2.9,
+            now: 2.7,
+        };
         View {
             headline: "two institutions train one model".into(),
             elapsed: Duration::from_secs(42),

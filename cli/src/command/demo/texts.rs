@@ -13,8 +13,8 @@ macro_rules! texts {
 }
 
 texts!(
-    "bg", "ca", "cs", "da", "de", "el", "en", "es", "et", "eu", "fi", "fr", "ga", "gl", "hr", "hu", "it", "lt", "lv", "mt",
-    "nl", "pl", "pt", "ro", "sk", "sl", "sv",
+    "bg", "ca", "cs", "da", "de", "el", "en", "es", "et", "eu", "fi", "fr", "ga", "gl", "hr", "hu", "it", "lt", "lv",
+    "mt", "nl", "pl", "pt", "ro", "sk", "sl", "sv",
 );
 
 #[cfg(test)]

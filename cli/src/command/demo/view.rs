@@ -23,8 +23,6 @@ pub(crate) struct LanguageLine {
     pub(crate) order_0: f64,
     /// Of a compressor primed with the language's training text.
     pub(crate) compressor: f64,
-    /// Of the model at its first evaluation.
-    pub(crate) first: f64,
     /// Of the model now.
     pub(crate) now: f64,
 }
@@ -70,7 +68,11 @@ impl View {
         let count = self.languages.len();
         (count > 0).then(|| {
             let mean = |pick: fn(&LanguageLine) -> f64| self.languages.values().map(pick).sum::<f64>() / count as f64;
-            (mean(|line| line.now), mean(|line| line.order_0), mean(|line| line.compressor))
+            (
+                mean(|line| line.now),
+                mean(|line| line.order_0),
+                mean(|line| line.compressor),
+            )
         })
     }
 
@@ -78,7 +80,9 @@ impl View {
     pub(crate) fn line(&self) -> String {
         let loss = self.loss().map_or_else(|| "-".into(), |loss| format!("{loss:.3}"));
         let bits = self.means().map_or_else(|| "-".into(), |(now, ..)| format!("{now:.2}"));
-        let saving = self.saving().map_or_else(|| "-".into(), |saving| format!("{saving:.0}x"));
+        let saving = self
+            .saving()
+            .map_or_else(|| "-".into(), |saving| format!("{saving:.0}x"));
         format!(
             "round {:>3}/{} · loss {loss} · {bits} bits/byte held out · {:.0} tokens/s · sent {}, {saving} less than dense · hashes equal {}/{}",
             self.rounds.0,

@@ -26,7 +26,9 @@ pub(super) struct Watched {
 
 impl Watched {
     pub(super) fn new(nodes: &[Node], run: &str, rounds: u64) -> anyhow::Result<Self> {
-        let clients = nodes.iter().map(|node| Ok((node.name.clone(), Client::open(&node.home)?)));
+        let clients = nodes
+            .iter()
+            .map(|node| Ok((node.name.clone(), Client::open(&node.home)?)));
         Ok(Self {
             began: Instant::now(),
             path: format!("/train/runs/{run}"),
@@ -47,7 +49,14 @@ impl Watched {
         let languages = steward.languages.iter().filter_map(|(code, line)| {
             let now = line.now?;
             let (order_0, compressor) = (line.order_0, line.compressor);
-            Some((code.clone(), LanguageLine { order_0, compressor, first: line.first.unwrap_or(now), now }))
+            Some((
+                code.clone(),
+                LanguageLine {
+                    order_0,
+                    compressor,
+                    now,
+                },
+            ))
         });
         Ok(View {
             headline: "Leiden and Uppsala train one model; their texts stay at home".into(),
@@ -55,7 +64,12 @@ impl Watched {
             rounds: (steward.rounds_done, self.rounds),
             losses: steward.recent.iter().map(|round| round.loss).collect(),
             tokens_per_second: steward.tokens_per_second,
-            nodes: self.nodes.iter().zip(&self.last).map(|((name, _), status)| line(name, status.as_ref())).collect(),
+            nodes: self
+                .nodes
+                .iter()
+                .zip(&self.last)
+                .map(|((name, _), status)| line(name, status.as_ref()))
+                .collect(),
             languages: languages.collect(),
             sent_bytes: self.sum(|status| status.sent_bytes),
             dense_bytes: self.sum(|status| status.dense_bytes),
@@ -80,7 +94,12 @@ impl Watched {
 
     /// The most rounds after which some node had another hash than the log.
     fn diverged(&self) -> u64 {
-        self.last.iter().flatten().map(|status| status.rounds_diverged).max().unwrap_or(0)
+        self.last
+            .iter()
+            .flatten()
+            .map(|status| status.rounds_diverged)
+            .max()
+            .unwrap_or(0)
     }
 }
 
@@ -106,10 +125,16 @@ impl Display {
     pub(super) fn new(context: &Context) -> anyhow::Result<Self> {
         let out = std::io::stdout();
         if context.json() || !out.is_terminal() || std::env::var_os("NO_COLOR").is_some() {
-            return Ok(Self::Lines { rounds: 0, quiet: context.json() });
+            return Ok(Self::Lines {
+                rounds: 0,
+                quiet: context.json(),
+            });
         }
-        let options = TerminalOptions { viewport: Viewport::Inline(screen::HEIGHT) };
-        let terminal = Terminal::with_options(CrosstermBackend::new(out), options).context("cannot draw on this terminal")?;
+        let options = TerminalOptions {
+            viewport: Viewport::Inline(screen::HEIGHT),
+        };
+        let terminal =
+            Terminal::with_options(CrosstermBackend::new(out), options).context("cannot draw on this terminal")?;
         Ok(Self::Picture(terminal, View::default()))
     }
 
@@ -117,7 +142,10 @@ impl Display {
     pub(super) fn headline(&mut self, text: &str) -> anyhow::Result<()> {
         match self {
             Self::Picture(_, view) => {
-                let view = View { headline: text.to_owned(), ..view.clone() };
+                let view = View {
+                    headline: text.to_owned(),
+                    ..view.clone()
+                };
                 self.show(&view)
             }
             Self::Lines { quiet: true, .. } => Ok(()),
@@ -130,7 +158,9 @@ impl Display {
         match self {
             Self::Picture(terminal, kept) => {
                 kept.clone_from(view);
-                terminal.draw(|frame| screen::draw(frame, view)).context("cannot draw on this terminal")?;
+                terminal
+                    .draw(|frame| screen::draw(frame, view))
+                    .context("cannot draw on this terminal")?;
             }
             Self::Lines { rounds, quiet } => {
                 if view.rounds.0 > *rounds {

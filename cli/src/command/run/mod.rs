@@ -60,6 +60,14 @@ enum Verb {
         /// The run's name
         name: Option<String>,
     },
+    /// Publish the newest state as a model that the federation serves
+    Publish {
+        /// The run's name
+        name: String,
+        /// What people call the model [default: the run's name]
+        #[arg(long, value_name = "NAME")]
+        r#as: Option<String>,
+    },
     /// Write the newest state as a Hugging Face folder
     Export {
         /// The run's name
@@ -77,6 +85,7 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
         Verb::New { file } => new(context, &client, &file),
         Verb::Start { name } => act(context, &client, &name, "start", "started"),
         Verb::Pause { name } => act(context, &client, &name, "pause", "pausing"),
+        Verb::Publish { name, r#as } => publish(context, &client, &name, r#as.as_deref()),
         Verb::Stop { name } => act(context, &client, &name, "stop", "stopping"),
         Verb::Join { name } => act(context, &client, &name, "join", "joining"),
         Verb::Leave { name } => act(context, &client, &name, "leave", "leaving"),
@@ -112,6 +121,23 @@ fn act(context: &Context, client: &Client, name: &str, verb: &str, done: &'stati
         name: name.to_owned(),
         done,
     })
+}
+
+fn publish(context: &Context, client: &Client, run: &str, name: Option<&str>) -> anyhow::Result<()> {
+    let body = json!({ "run": run, "name": name.unwrap_or(run) });
+    context.show(&client.post::<Published>("/polder/v1/publish", &body)?)
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Published {
+    epoch: String,
+    name: String,
+}
+
+impl fmt::Display for Published {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "`{}` is published as epoch {}", self.name, self.epoch)
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
