@@ -55,7 +55,7 @@ pub enum DaemonError {
     #[error(transparent)]
     Members(#[from] MembersError),
     #[error("this node is not enrolled")]
-    Enrol(#[from] EnrolError),
+    Enrol(#[source] Box<EnrolError>),
     #[error("no gateway of the invite let this node in")]
     Door { source: ControlError },
     #[error("the invite names no gateway")]
@@ -123,6 +123,12 @@ pub(crate) struct Shared {
 pub(crate) enum Working {
     Yes,
     No(String),
+}
+
+impl From<EnrolError> for DaemonError {
+    fn from(error: EnrolError) -> Self {
+        Self::Enrol(Box::new(error))
+    }
 }
 
 impl Working {
@@ -340,7 +346,7 @@ fn obey(shared: &Arc<Shared>) {
                     if changed.is_err() {
                         return;
                     }
-                    let verdict = verdicts.borrow_and_update().clone();
+                    let verdict = *verdicts.borrow_and_update();
                     shared_.working.send_replace(Working::of(&verdict));
                 }
                 _ = remember.tick() => membership::remember(&shared_.home, &shared_.control),

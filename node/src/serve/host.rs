@@ -80,7 +80,7 @@ pub(super) async fn accept(inner: Arc<Inner>, mut here: mpsc::Receiver<Incoming>
                 peer: incoming.peer.node,
                 header: incoming.header,
                 sender: super::streams::Sender::Wire(incoming.sender),
-                receiver: Receiver::Wire(incoming.receiver),
+                receiver: Receiver::Wire(Box::new(incoming.receiver)),
             },
             else => return,
         };

@@ -303,6 +303,28 @@ impl ServeHandle {
         Ok(Some(range))
     }
 
+    /// Whether this node's stage of `epoch` would be missed less than another: nodes before it, in the order of their
+    /// ids, hold all of its blocks, while others are held by nobody. Two nodes that choose at the same moment choose
+    /// alike; this tells the second of them to choose again.
+    pub fn is_spare(&self, epoch: EpochId) -> bool {
+        let Ok(blocks) = self.inner.epoch(epoch).map(|epoch| epoch.blocks()) else {
+            return false;
+        };
+        let Some(own) = self.inner.lock().wanted.get(&epoch).copied() else {
+            return false;
+        };
+        let me = self.inner.data.node();
+        let offers = self.inner.directory.offers(epoch);
+        let holds = |offer: &Offer, block: u32| offer.range.first <= block && block < offer.range.end;
+        let gap = (0..blocks).any(|block| {
+            !(own.first..own.end).contains(&block)
+                && !offers.iter().any(|offer| offer.node != me && holds(offer, block))
+        });
+        let replaced =
+            (own.first..own.end).all(|block| offers.iter().any(|offer| offer.node < me && holds(offer, block)));
+        gap && replaced
+    }
+
     /// Holds a stage of `epoch` no longer. Its sessions end.
     pub fn release(&self, epoch: EpochId) {
         self.inner.lock().wanted.remove(&epoch);

@@ -23,7 +23,7 @@ pub(super) enum Sender {
 
 #[derive(Debug)]
 pub(super) enum Receiver {
-    Wire(FrameReceiver),
+    Wire(Box<FrameReceiver>),
     Here(mpsc::Receiver<Frame>),
 }
 
@@ -55,7 +55,7 @@ impl Streams {
         if peer != self.data.node() {
             let opened = self.data.open(peer, Class::Act, Service::Session, header).await;
             let (sender, receiver) = opened.map_err(|error| error.to_string())?;
-            return Ok((Sender::Wire(sender), Receiver::Wire(receiver)));
+            return Ok((Sender::Wire(sender), Receiver::Wire(Box::new(receiver))));
         }
         let (sender, there_receives) = mpsc::channel(FRAMES_HERE_MAX);
         let (there_sends, receiver) = mpsc::channel(FRAMES_HERE_MAX);

@@ -116,7 +116,7 @@ fn line(name: &str, status: Option<&RunStatus>) -> NodeLine {
 /// Where progress goes.
 pub(super) enum Display {
     /// Drawn in place.
-    Picture(Terminal<CrosstermBackend<Stdout>>, View),
+    Picture(Box<(Terminal<CrosstermBackend<Stdout>>, View)>),
     /// One line for every round.
     Lines { rounds: u64, quiet: bool },
 }
@@ -135,16 +135,16 @@ impl Display {
         };
         let terminal =
             Terminal::with_options(CrosstermBackend::new(out), options).context("cannot draw on this terminal")?;
-        Ok(Self::Picture(terminal, View::default()))
+        Ok(Self::Picture(Box::new((terminal, View::default()))))
     }
 
     /// Says what is going on before there is anything to watch.
     pub(super) fn headline(&mut self, text: &str) -> anyhow::Result<()> {
         match self {
-            Self::Picture(_, view) => {
+            Self::Picture(picture) => {
                 let view = View {
                     headline: text.to_owned(),
-                    ..view.clone()
+                    ..picture.1.clone()
                 };
                 self.show(&view)
             }
@@ -156,7 +156,8 @@ impl Display {
     /// Shows the state of things.
     pub(super) fn show(&mut self, view: &View) -> anyhow::Result<()> {
         match self {
-            Self::Picture(terminal, kept) => {
+            Self::Picture(picture) => {
+                let (terminal, kept) = picture.as_mut();
                 kept.clone_from(view);
                 terminal
                     .draw(|frame| screen::draw(frame, view))

@@ -217,12 +217,12 @@ impl RunFile {
             "`hidden`, `blocks` and `heads` of [model] must be at least 1"
         );
         ensure!(
-            model.hidden % model.heads == 0 && (model.hidden / model.heads) % 2 == 0,
+            model.hidden.is_multiple_of(model.heads) && (model.hidden / model.heads).is_multiple_of(2),
             "`hidden` must be an even multiple of `heads`"
         );
         let kv_heads = model.kv_heads.unwrap_or(model.heads);
         ensure!(
-            kv_heads > 0 && model.heads % kv_heads == 0,
+            kv_heads > 0 && model.heads.is_multiple_of(kv_heads),
             "`heads` must be a multiple of `kv_heads`"
         );
         file.inner()?;
