@@ -65,7 +65,7 @@ impl DiskStore {
     ///
     /// [`StoreError::InUse`] where another process has it open, [`StoreError::Disk`] where the disk does not let us.
     pub fn open(path: &Path) -> Result<Opened, StoreError> {
-        let reason = match open_and_read(path) {
+        let reason = match open_patiently(path) {
             Ok(database) => {
                 return Ok(Opened {
                     store: Self::new(database, path),
@@ -81,7 +81,7 @@ impl DiskStore {
             source,
         })?;
         tracing::warn!(path = %path.display(), aside = %aside.display(), reason, "a damaged index was set aside");
-        let database = open_and_read(path).map_err(|failure| named(failure, "begin", path))?;
+        let database = open_patiently(path).map_err(|failure| named(failure, "begin", path))?;
         Ok(Opened {
             store: Self::new(database, path),
             set_aside: Some(SetAside { path: aside, reason }),
@@ -114,6 +114,17 @@ impl DiskStore {
         }
         value
     }
+}
+
+/// sled's own threads let go of the lock a moment after its owner has dropped it.
+fn open_patiently(path: &Path) -> Result<sled::Db, Failure> {
+    for _ in 0..40 {
+        match open_and_read(path) {
+            Err(Failure::InUse) => std::thread::sleep(std::time::Duration::from_millis(50)),
+            opened => return opened,
+        }
+    }
+    open_and_read(path)
 }
 
 impl Store for DiskStore {
