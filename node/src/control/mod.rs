@@ -1,7 +1,7 @@
 //! The control plane: a libp2p swarm in which only certified peers are heard.
 //!
 //! On every new connection the dialer says [`Hello`](polder_protocol::wire::Hello) and the listener answers with its
-//! own; each asks its [`Gate`](crate::gate::Gate) about the other. Until both agree, nothing but greetings and enrolment
+//! own; each asks its [`Gate`] about the other. Until both agree, nothing but greetings and enrolment
 //! is answered, and a refusal says which rule it follows. Members then tell each other of the members they know.
 
 mod address;
