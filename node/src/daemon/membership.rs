@@ -134,17 +134,7 @@ async fn tell(members: &Members, control: &ControlHandle, to: NodeId) {
 /// Takes what commands changed on disk while the daemon ran, and keeps what peers told.
 async fn reread(home: &Home, members: &Arc<Members>, control: &ControlHandle) {
     let (folder, own) = (home.clone(), Arc::clone(members));
-    let changed = blocking(move || {
-        let changed = own.reload(&folder);
-        let lists = own.revocations();
-        if folder.revocations().is_ok_and(|kept| kept != lists)
-            && let Err(error) = folder.save_revocations(&lists)
-        {
-            tracing::warn!(%error, "cannot keep the lists of revocations");
-        }
-        changed
-    })
-    .await;
+    let changed = blocking(move || own.reload(&folder)).await;
     match changed {
         Ok(true) => {
             control.reintroduce().await;
