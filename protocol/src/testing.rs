@@ -5,7 +5,7 @@ use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 
-use crate::hash::{BlobId, FederationId, NodeId, digest};
+use crate::hash::{BlobId, FederationId, InstitutionId, NodeId, digest};
 use crate::layout::{BlockRange, Layout, PartLayout};
 use crate::log::{Body, Contribution, Ledger, ReplicaId, Round, Seal, Signature, Stage};
 use crate::run::{Boundary, Closing, Codec, Inner, Outer, RunSpec};
@@ -113,6 +113,7 @@ pub(crate) fn replica(id: u64, nodes: &[u8], from: u64) -> Body {
         .zip(nodes)
         .map(|(index, n)| Stage {
             node: node(*n),
+            institution: InstitutionId([*n; 32]),
             range: BlockRange {
                 first: index * each,
                 end: (index + 1) * each,

@@ -1,6 +1,6 @@
 //! Worlds: who is there, what the run is, and what goes wrong when. All of it follows from one seed.
 
-use polder_protocol::hash::{BlobId, FederationId, NodeId, digest};
+use polder_protocol::hash::{BlobId, FederationId, InstitutionId, NodeId, digest};
 use polder_protocol::layout::{Layout, PartLayout};
 use polder_protocol::rng::Random;
 use polder_protocol::run::{Boundary, Closing, Codec, Inner, Outer, RunSpec};
@@ -27,6 +27,8 @@ pub(crate) enum Flaw {
 /// One node's part in a world. Node 0 is the steward.
 #[derive(Debug, Clone)]
 pub(crate) struct Plan {
+    /// One of three.
+    pub(crate) institution: InstitutionId,
     /// Zero for a steward that does not train; fewer than all for a stage.
     pub(crate) blocks_max: u32,
     pub(crate) joins_at: Instant,
@@ -140,6 +142,7 @@ fn plan(index: usize, random: &mut Random) -> Plan {
     };
     let late = random.chance(400_000).then(|| Span::seconds(10 + random.below(140)));
     Plan {
+        institution: InstitutionId([1 + (index % 3) as u8; 32]),
         blocks_max,
         joins_at: Instant(random.below(2_000_000)) + late.unwrap_or_default(),
         is_lost: index > 1 && random.chance(100_000),

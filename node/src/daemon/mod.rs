@@ -173,6 +173,7 @@ impl Daemon {
             TrainConfig {
                 home: home.root().to_owned(),
                 federation: members.federation(),
+                institution: members.institution(),
                 train: config.train && members.capabilities().has(Capabilities::TRAIN),
                 blocks_max: config.blocks_max,
             },

@@ -7,11 +7,12 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use polder_protocol::hash::{NodeId, RunId};
+use polder_protocol::charter::Capabilities;
+use polder_protocol::hash::{InstitutionId, RunId};
 use polder_protocol::log::{Body, Entry, Round, Seal};
 use polder_protocol::node::{Command, Effect, Input, Joining, Node, Report};
 use polder_protocol::round::{Job, JobId, Outcome, RunMessage};
@@ -25,6 +26,13 @@ use super::feedback::Buffers;
 use super::jobs::{Jobs, layout_of};
 use super::journal::Journal;
 use super::status::RoundReport;
+use crate::gate::Admitted;
+
+/// What this node saw of each round, one line of JSON each; the last line of a round holds.
+const REPORTS: &str = "rounds.jsonl";
+
+/// Outcomes that wait for the driver; jobs beyond wait to tell theirs.
+const OUTCOMES_MAX: usize = 256;
 
 /// How long after a failed write the machines are built anew.
 const AFTER_DISK_FAILURE: Duration = Duration::from_secs(5);
@@ -50,6 +58,7 @@ pub(super) enum Ask {
 #[derive(Debug, Clone)]
 pub(super) struct Participant {
     pub(super) seal: Arc<dyn Seal>,
+    pub(super) institution: InstitutionId,
     pub(super) train: bool,
     pub(super) blocks_max: u32,
 }
@@ -80,7 +89,7 @@ struct NotDurable(io::Error);
 impl Driver {
     /// Reads all journals and builds the machines.
     pub(super) fn open(own: Participant, jobs: Arc<Jobs>, asks: mpsc::Receiver<Ask>) -> io::Result<Self> {
-        let (done, done_seen) = mpsc::channel(256);
+        let (done, done_seen) = mpsc::channel(OUTCOMES_MAX);
         let node = Node::new(Arc::clone(&own.seal), 0);
         let mut driver = Self {
             own,
@@ -124,7 +133,7 @@ impl Driver {
                 biased;
                 done = self.done_seen.recv() => {
                     let Some((job, outcome)) = done else { return };
-                    // A cancelled job's outcome may have been on its way.
+                    // A job's outcome may have been on its way when it was cancelled.
                     if self.running.remove(&job).is_some() {
                         self.step(Input::Done { job, outcome }).await;
                     }
@@ -170,10 +179,13 @@ impl Driver {
             if recovered.torn_bytes > 0 {
                 warn!(run = %run.short(), torn_bytes = recovered.torn_bytes, "cut off a torn record");
             }
+            self.jobs.board.seen(run, reports(&self.jobs.folder(run)));
             for entry in &recovered.run.entries {
                 self.jobs.board.entry(entry, None);
             }
-            if recovered.run.joining.is_some() {
+            // Under another institution than before, it must join anew.
+            let institution = recovered.run.joining.as_ref().map(|joining| joining.institution);
+            if institution == Some(self.own.institution) {
                 self.joined.insert(run);
             }
             self.journals.insert(run, journal);
@@ -371,10 +383,10 @@ impl Driver {
         self.note(entry.run, changed);
     }
 
-    /// Appends a report to `rounds.jsonl`; the last line of a round holds.
+    /// Appends a report to [`REPORTS`].
     fn note(&self, run: RunId, report: Option<RoundReport>) {
         let Some(report) = report else { return };
-        let path = self.jobs.folder(run).join("rounds.jsonl");
+        let path = self.jobs.folder(run).join(REPORTS);
         let written = serde_json::to_string(&report)
             .map_err(io::Error::other)
             .and_then(|line| {
@@ -437,7 +449,11 @@ impl Driver {
             return;
         }
         let languages = self.jobs.languages(&spec);
-        let joining = Joining { blocks_max, languages };
+        let joining = Joining {
+            institution: self.own.institution,
+            blocks_max,
+            languages,
+        };
         let steward = spec.steward;
         Box::pin(self.step(Input::Local(Command::Join { run, steward, joining }))).await;
     }
@@ -490,11 +506,22 @@ impl Driver {
         for (_, task) in std::mem::take(&mut self.running) {
             task.abort();
         }
+        // Machines that are built anew name their jobs from the beginning: outcomes that are on their way are of others.
+        (self.done, self.done_seen) = mpsc::channel(OUTCOMES_MAX);
     }
 
     fn stop(&mut self) {
         self.stop_jobs();
     }
+}
+
+/// The reports that lie in a run's folder. A torn line was of the round in which the node died; it is missed by nobody.
+fn reports(folder: &Path) -> BTreeMap<u64, RoundReport> {
+    let text = fs::read_to_string(folder.join(REPORTS)).unwrap_or_default();
+    let reports = text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<RoundReport>(line).ok());
+    reports.map(|report| (report.round, report)).collect()
 }
 
 /// A number that no earlier life of this node had.
@@ -513,13 +540,30 @@ fn activity(job: &Job) -> &'static str {
     }
 }
 
-/// What a peer says, for the machines.
-pub(super) fn heard(from: NodeId, bytes: &[u8]) -> Option<Ask> {
+/// What a peer says, for the machines. A peer may speak for its own institution alone, and train only where its
+/// certificate says so.
+pub(super) fn heard(from: &Admitted, bytes: &[u8]) -> Option<Ask> {
     match RunMessage::from_bytes(bytes) {
-        Ok(message) => Some(Ask::Input(Box::new(Input::Message { from, message }))),
-        Err(error) => {
-            warn!(peer = %from.short(), %error, "malformed message about a run");
+        Ok(message) if may_say(from, &message) => Some(Ask::Input(Box::new(Input::Message {
+            from: from.node,
+            message,
+        }))),
+        Ok(_) => {
+            warn!(peer = %from.node.short(), "message about a run that its sender's certificate does not cover");
             None
         }
+        Err(error) => {
+            warn!(peer = %from.node.short(), %error, "malformed message about a run");
+            None
+        }
+    }
+}
+
+fn may_say(from: &Admitted, message: &RunMessage) -> bool {
+    let trains = Capabilities(from.capabilities).has(Capabilities::TRAIN);
+    match message {
+        RunMessage::Join { institution, .. } => trains && *institution == from.institution,
+        RunMessage::Commit(_) => trains,
+        _ => true,
     }
 }

@@ -10,9 +10,9 @@ use bytes::Bytes;
 use futures::StreamExt;
 use polder_protocol::aggregate::{self, OuterStep, PartState, Update};
 use polder_protocol::codec::{Form, Frame, codec_of_round, frame_bytes};
-use polder_protocol::hash::{BlobId, NodeId, RunId};
+use polder_protocol::hash::{BlobId, InstitutionId, NodeId, RunId};
 use polder_protocol::layout::{BlockRange, Part, PartLayout};
-use polder_protocol::log::{Contribution, ReplicaId, Round};
+use polder_protocol::log::{Contribution, ReplicaId, Round, Stage, institution_of};
 use polder_protocol::round::{Job, Outcome};
 use polder_protocol::run::{Evaluation, RunSpec};
 use polder_protocol::work::{Answer, Task};
@@ -99,8 +99,9 @@ impl Jobs {
                 round,
                 base,
                 set,
+                makers,
                 sources,
-            } => self.apply(run, spec, round, base, set, sources).await,
+            } => self.apply(run, spec, round, base, (set, makers), sources).await,
             Job::FetchState {
                 run,
                 spec,
@@ -209,7 +210,7 @@ impl Jobs {
         spec: Arc<RunSpec>,
         round: Round,
         base: Vec<(Part, BlobId)>,
-        set: Vec<Contribution>,
+        (set, makers): (Vec<Contribution>, BTreeMap<ReplicaId, Vec<Stage>>),
         sources: Vec<NodeId>,
     ) -> Result<Outcome, JobError> {
         let mut parts = Vec::with_capacity(base.len());
@@ -223,8 +224,9 @@ impl Jobs {
             let updates = updates.collect::<Result<Vec<_>, JobError>>()?;
             let files = self.fetch_all(run, updates, &sources).await?;
             let state = self.file(blob)?;
+            let voices = voices(&set, &makers, part, spec.layout.blocks())?;
             let (spec, set) = (Arc::clone(&spec), set.clone());
-            let next = blocking(move || outer_step(run, &spec, round, part, &state, &set, &files)).await?;
+            let next = blocking(move || outer_step(run, &spec, round, part, &state, &set, &voices, &files)).await?;
             parts.push((part, self.blobs.put(run, next).await.map_err(JobError::Failed)?));
         }
         Ok(Outcome::Applied { parts })
@@ -394,7 +396,23 @@ fn check_update<'a>(
     Ok(frame)
 }
 
+/// The institution behind each contribution to a part.
+fn voices(
+    set: &[Contribution],
+    makers: &BTreeMap<ReplicaId, Vec<Stage>>,
+    part: Part,
+    blocks: u32,
+) -> Result<Vec<InstitutionId>, JobError> {
+    let voice = |one: &Contribution| institution_of(makers.get(&one.replica)?, part, blocks);
+    let voices: Option<Vec<InstitutionId>> = set.iter().map(voice).collect();
+    voices.ok_or_else(|| JobError::Invalid("nobody is known to have made a contribution of the set".to_owned()))
+}
+
 /// The next state of one part. Every node computes the same bytes.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "each is another thing, and there is one caller"
+)]
 fn outer_step(
     run: RunId,
     spec: &RunSpec,
@@ -402,6 +420,7 @@ fn outer_step(
     part: Part,
     state: &Path,
     set: &[Contribution],
+    voices: &[InstitutionId],
     files: &[PathBuf],
 ) -> Result<Vec<u8>, JobError> {
     let layout = layout_of(spec, part)?;
@@ -409,11 +428,11 @@ fn outer_step(
         .map_err(|error| JobError::Invalid(format!("state of part {}: {error}", part.0)))?;
     let bytes = files.iter().map(|file| read(file)).collect::<Result<Vec<_>, _>>()?;
     let mut updates = Vec::with_capacity(set.len());
-    for (contribution, bytes) in set.iter().zip(&bytes) {
+    for ((contribution, bytes), institution) in set.iter().zip(&bytes).zip(voices) {
         updates.push(Update {
             frame: check_update(bytes, spec, run, contribution.base, Some(contribution.replica), part)?,
             weight: contribution.weight(round),
-            institution: None,
+            institution: *institution,
         });
     }
     aggregate::apply(layout, &updates, OuterStep::of_round(&spec.outer, round.0), &mut state)

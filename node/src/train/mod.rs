@@ -37,7 +37,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use polder_protocol::hash::{FederationId, NodeId, RunId};
+use polder_protocol::hash::{FederationId, InstitutionId, NodeId, RunId};
 use polder_protocol::log::Seal;
 use polder_protocol::node::{Command, Input};
 use polder_protocol::run::{Evaluation, RunSpec};
@@ -56,6 +56,7 @@ pub use routes::routes;
 pub use status::{LanguageStatus, ReplicaStatus, RoundReport, RunStatus};
 pub use world::{Blobs, Compute, Link, Network, Received};
 
+use crate::gate::Admitted;
 use desk::{Desk, Texts};
 use driver::{Ask, Driver, Participant};
 use jobs::{JobError, Jobs};
@@ -75,6 +76,8 @@ pub struct TrainConfig {
     pub home: PathBuf,
     /// The federation, for the facts of new runs.
     pub federation: FederationId,
+    /// The institution that certified this node: its updates are that institution's voice.
+    pub institution: InstitutionId,
     /// Train in runs. Without it, runs are followed and nothing is contributed.
     pub train: bool,
     /// The most blocks to hold; 0 is no limit.
@@ -164,6 +167,7 @@ pub fn start(
     let (asks, asked) = mpsc::channel(ASKS_MAX);
     let participant = Participant {
         seal,
+        institution: config.institution,
         train: config.train,
         blocks_max: config.blocks_max,
     };
@@ -197,7 +201,7 @@ impl TrainHandle {
         }
         spec.federation = self.config.federation;
         spec.steward = self.me;
-        // The run's id is not known before its blobs are. They stay: whoever joins at first starts from them.
+        // The run's id is not known before its blobs are.
         let holder = RunId::default();
         spec.initial.clear();
         for (layout, path) in spec.layout.parts.iter().zip(&new.initial_files) {
@@ -222,7 +226,12 @@ impl TrainHandle {
         let path = self.draft_path(&spec.name);
         let written = durable::write(&path, &spec.to_bytes());
         written.map_err(|source| TrainError::File { path, source })?;
-        Ok(spec.id())
+        let run = spec.id();
+        let own = spec.initial.iter().chain([&spec.tokenizer]).chain(&spec.evaluation);
+        for blob in own {
+            self.jobs.blobs.keep(run, *blob);
+        }
+        Ok(run)
     }
 
     /// Begins a run that [`TrainHandle::new_run`] wrote down, or resumes one that is paused. This node is its steward.
@@ -271,7 +280,10 @@ impl TrainHandle {
         if !path.is_file() {
             return Err(TrainError::Unknown { name: name.to_owned() });
         }
-        fs::remove_file(&path).map_err(|source| TrainError::File { path, source })
+        let bytes = read(&path)?;
+        fs::remove_file(&path).map_err(|source| TrainError::File { path, source })?;
+        self.jobs.blobs.forget(RunId(polder_protocol::hash::digest(&bytes).0));
+        Ok(())
     }
 
     /// Trains in a run again that was left.
@@ -376,7 +388,7 @@ impl TrainHandle {
     }
 
     /// A message about a run that `from` sent. Full queues lose it, as a network might.
-    pub fn heard(&self, from: NodeId, bytes: &[u8]) {
+    pub fn heard(&self, from: &Admitted, bytes: &[u8]) {
         if let Some(ask) = driver::heard(from, bytes) {
             // Whoever waits for an answer says it again.
             let _ = self.asks.try_send(ask);

@@ -44,11 +44,13 @@ impl Planes {
                 tokio::select! {
                     () = stop.cancelled() => return,
                     Some(request) = requests.recv() => {
-                        train.heard(request.from, &request.body);
+                        if let Some(from) = &request.admitted {
+                            train.heard(from, &request.body);
+                        }
                         // Taken; what comes of it is a message of its own.
                         let _ = request.reply.send(Vec::new());
                     }
-                    Some(message) = gossip.recv() => train.heard(message.from, &message.bytes),
+                    Some(message) = gossip.recv() => train.heard(&message.admitted, &message.bytes),
                     Some(opened) = streams.recv() => {
                         let link = Stream { sender: opened.sender, receiver: opened.receiver };
                         train.stream_opened(opened.peer.node, &opened.header, Box::new(link));

@@ -106,6 +106,14 @@ impl RunBlobs {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn remove(&self, blobs: &[BlobId]) {
+        for blob in blobs {
+            if let Err(error) = self.plane.blobs().remove(*blob) {
+                warn!(blob = %blob.short(), %error, "cannot remove a blob");
+            }
+        }
+    }
+
     /// Notes that a blob is there for a run, so that it goes when the run needs it no more.
     fn note(&self, run: RunId, blob: BlobId) {
         // Blobs of no run stay.
@@ -134,6 +142,11 @@ impl RunBlobs {
     }
 }
 
+/// Whether any run keeps a blob.
+fn is_kept(runs: &BTreeMap<RunId, Kept>, blob: &BlobId) -> bool {
+    runs.values().any(|kept| kept.contains(blob))
+}
+
 impl Blobs for RunBlobs {
     fn put(&self, run: RunId, bytes: Vec<u8>) -> BoxFuture<'_, Result<BlobId, String>> {
         let store = self.plane.blobs().clone();
@@ -146,6 +159,23 @@ impl Blobs for RunBlobs {
             Ok(blob)
         }
         .boxed()
+    }
+
+    fn keep(&self, run: RunId, blob: BlobId) {
+        self.note(run, blob);
+    }
+
+    fn forget(&self, run: RunId) {
+        let mut runs = self.lock();
+        let kept = runs.remove(&run).unwrap_or_default();
+        let unneeded = kept.old.union(&kept.young).copied();
+        let unneeded: Vec<BlobId> = unneeded.filter(|blob| !is_kept(&runs, blob)).collect();
+        drop(runs);
+        self.remove(&unneeded);
+        let path = self.runs.join(run.to_string()).join("blobs");
+        if let Err(error) = fs::remove_file(&path) {
+            warn!(path = %path.display(), %error, "cannot remove the list of a run's blobs");
+        }
     }
 
     fn path(&self, blob: BlobId) -> Option<PathBuf> {
@@ -190,16 +220,9 @@ impl Blobs for RunBlobs {
         let mut needed = std::mem::take(&mut kept.young);
         needed.extend(&blobs);
         let had = std::mem::replace(&mut kept.old, needed.clone());
-        let unneeded: Vec<BlobId> = had
-            .into_iter()
-            .filter(|blob| !runs.values().any(|kept| kept.contains(blob)))
-            .collect();
+        let unneeded: Vec<BlobId> = had.into_iter().filter(|blob| !is_kept(&runs, blob)).collect();
         drop(runs);
-        for blob in unneeded {
-            if let Err(error) = self.plane.blobs().remove(blob) {
-                warn!(blob = %blob.short(), %error, "cannot remove a blob");
-            }
-        }
+        self.remove(&unneeded);
         let ids: Vec<u8> = needed.iter().flat_map(|blob| blob.0).collect();
         let path = self.runs.join(run.to_string()).join("blobs");
         if let Err(error) = durable::write(&path, &ids) {

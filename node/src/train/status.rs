@@ -24,7 +24,7 @@ pub struct RoundReport {
     pub loss: f64,
     /// Tokens of all contributions.
     pub tokens: u64,
-    /// From the outer step before to this one; zero for rounds of an earlier life of this node.
+    /// From the outer step before to this one; zero for rounds that this node learned of later.
     pub seconds: f64,
     /// Of all replicas together.
     pub tokens_per_second: f64,
@@ -96,11 +96,11 @@ pub struct RunStatus {
     pub tokens: u64,
     /// Of the last round.
     pub tokens_per_second: f64,
-    /// Of all rounds of this life of the node.
+    /// Of all rounds that this node saw.
     pub sent_bytes: u64,
-    /// Of all rounds of this life of the node.
+    /// Of all rounds that this node saw.
     pub received_bytes: u64,
-    /// Of all rounds of this life of the node.
+    /// Of all rounds that this node saw.
     pub dense_bytes: u64,
     /// After the last outer step.
     pub state_hash: String,
@@ -125,6 +125,8 @@ pub(super) struct Board {
 struct Known {
     spec: Option<RunSpec>,
     status: RunStatus,
+    /// What an earlier life of this node saw of the rounds whose entries come next.
+    seen: BTreeMap<u64, RoundReport>,
     stages: BTreeMap<ReplicaId, Vec<Stage>>,
     closed: BTreeMap<Round, Vec<Contribution>>,
     /// The newest state in the log.
@@ -143,6 +145,11 @@ impl Board {
             me,
             runs: Mutex::default(),
         }
+    }
+
+    /// What an earlier life of this node saw of a run's rounds: [`Board::entry`] takes it up again.
+    pub(super) fn seen(&self, run: RunId, reports: BTreeMap<u64, RoundReport>) {
+        self.lock().entry(run).or_default().seen = reports;
     }
 
     /// Takes an entry of a run's log. `traffic` is `None` for those of an earlier life; otherwise the answer is the
@@ -191,17 +198,18 @@ impl Board {
         let mut runs = self.lock();
         let known = runs.get_mut(&run)?;
         let status = &mut known.status;
-        *(if agreed {
-            &mut status.rounds_agreed
-        } else {
-            &mut status.rounds_diverged
-        }) += 1;
-        let Some(report) = status.recent.iter_mut().find(|report| report.round == round.0) else {
+        let report = status.recent.iter_mut().find(|report| report.round == round.0);
+        let Some(report) = report else {
             known.agreed_early.insert(round.0, agreed);
             return None;
         };
+        if report.agreed.is_some() {
+            return None; // Known from an earlier life.
+        }
         report.agreed = Some(agreed);
-        Some(report.clone())
+        let report = report.clone();
+        status.count(agreed);
+        Some(report)
     }
 
     /// The baselines of a run's held-out texts.
@@ -300,6 +308,17 @@ impl Board {
     }
 }
 
+impl RunStatus {
+    fn count(&mut self, agreed: bool) {
+        let rounds = if agreed {
+            &mut self.rounds_agreed
+        } else {
+            &mut self.rounds_diverged
+        };
+        *rounds = rounds.saturating_add(1);
+    }
+}
+
 impl Known {
     fn genesis(&mut self, run: RunId, spec: &[u8]) {
         let Ok(spec) = RunSpec::from_bytes(spec) else {
@@ -333,6 +352,8 @@ impl Known {
             .filter(|_| traffic.is_some())
             .map_or(0.0, |then| (now - then).as_secs_f64());
         let traffic_now = traffic.unwrap_or_default();
+        // Only what this node saw of this very outer step.
+        let seen = self.seen.remove(&round.0).filter(|seen| seen.state_hash == state_hash);
         let report = RoundReport {
             round: round.0,
             loss: if tokens > 0 { weighted / tokens as f64 } else { 0.0 },
@@ -352,11 +373,26 @@ impl Known {
             agreed: self.agreed_early.remove(&round.0),
             bits_per_byte: BTreeMap::new(),
         };
+        let report = match seen {
+            Some(seen) if traffic.is_none() => RoundReport {
+                seconds: seen.seconds,
+                tokens_per_second: seen.tokens_per_second,
+                sent_bytes: seen.sent_bytes,
+                received_bytes: seen.received_bytes,
+                dense_bytes: seen.dense_bytes,
+                agreed: seen.agreed,
+                ..report
+            },
+            _ => report,
+        };
         self.traffic_then = traffic_now;
         let status = &mut self.status;
         status.rounds_done = round.0.saturating_add(1);
         status.tokens = status.tokens.saturating_add(tokens);
         status.tokens_per_second = report.tokens_per_second;
+        if let Some(agreed) = report.agreed {
+            status.count(agreed);
+        }
         status.sent_bytes = status.sent_bytes.saturating_add(report.sent_bytes);
         status.received_bytes = status.received_bytes.saturating_add(report.received_bytes);
         status.dense_bytes = status.dense_bytes.saturating_add(report.dense_bytes);

@@ -6,13 +6,16 @@ mod world;
 use std::sync::Arc;
 use std::time::Duration;
 
-use polder_protocol::hash::NodeId;
+use polder_protocol::charter::Capabilities;
+use polder_protocol::hash::{InstitutionId, NodeId};
 use polder_protocol::layout::{BlockRange, Part};
 use polder_protocol::log::{Contribution, ReplicaId, Round, Stage};
-use polder_protocol::round::{Job, Outcome};
+use polder_protocol::round::{Job, Outcome, RunMessage};
 use polder_protocol::run::Codec;
 
 use self::world::{Hub, Site};
+use super::driver::heard;
+use crate::gate::Admitted;
 
 #[tokio::test]
 async fn a_chain_of_two_stages_trains_exactly_as_one_node_does() {
@@ -153,9 +156,47 @@ async fn whole_nodes_and_a_chain_train_one_run_through_a_kill_and_a_restart_of_a
         assert_eq!(status.state_hash, all[0].state_hash);
         assert_eq!(status.rounds_diverged, 0, "{status:?}");
     }
+    // What it saw before the restart of all is not forgotten.
+    for status in &all {
+        let agreed = status
+            .recent
+            .iter()
+            .filter(|report| report.agreed == Some(true))
+            .count();
+        assert_eq!(status.rounds_agreed, agreed as u64, "{status:?}");
+    }
+    let seconds: Vec<f64> = all[0].recent.iter().map(|report| report.seconds).collect();
+    assert!(
+        seconds.len() == 8 && seconds.iter().all(|seconds| *seconds > 0.0),
+        "{seconds:?}"
+    );
     let folder = homes[3].path().join("exported");
     nodes[3].0.export("toy", &folder).await.unwrap();
     assert!(folder.join("model.safetensors").is_file());
+}
+
+#[test]
+fn a_node_speaks_for_its_own_institution_and_trains_with_a_certificate_only() {
+    let hub = Hub::new(Codec::Raw);
+    let certified = |institution: u8, capabilities: Capabilities| Admitted {
+        node: NodeId([1; 32]),
+        institution: InstitutionId([institution; 32]),
+        capabilities: capabilities.0,
+    };
+    let join = RunMessage::Join {
+        run: hub.run,
+        institution: InstitutionId([7; 32]),
+        blocks_max: 2,
+        languages: vec![],
+        incarnation: 1,
+        entries: 0,
+    };
+    let heard = |from: Admitted, message: &RunMessage| heard(&from, &message.to_bytes()).is_some();
+    assert!(heard(certified(7, Capabilities::TRAIN), &join));
+    assert!(!heard(certified(8, Capabilities::TRAIN), &join));
+    assert!(!heard(certified(7, Capabilities::SERVE), &join));
+    let ask = RunMessage::Ask { run: hub.run, from: 0 };
+    assert!(heard(certified(8, Capabilities::SERVE), &ask));
 }
 
 async fn rounds_done(node: &super::TrainHandle, rounds: u64) {
@@ -183,6 +224,7 @@ fn trained(outcome: Outcome) -> (Vec<(Part, polder_protocol::hash::BlobId)>, u64
 fn stages(of: &[(&Site, u32, u32)]) -> Vec<Stage> {
     let stage = |(site, first, end): &(&Site, u32, u32)| Stage {
         node: site.node,
+        institution: InstitutionId(site.node.0),
         range: BlockRange {
             first: *first,
             end: *end,
@@ -211,6 +253,17 @@ fn train_as(hub: &Hub, stages: &[Stage], stage: usize, replica: ReplicaId) -> Jo
     }
 }
 
+/// The stages of a replica that is one node.
+fn maker((node, replica): (u8, u64)) -> (ReplicaId, Vec<Stage>) {
+    let stage = Stage {
+        node: NodeId([node; 32]),
+        institution: InstitutionId([node; 32]),
+        range: BlockRange::whole(2),
+        incarnation: 0,
+    };
+    (ReplicaId(replica), vec![stage])
+}
+
 fn apply(hub: &Hub, set: &[Contribution]) -> Job {
     Job::Apply {
         run: hub.run,
@@ -218,6 +271,7 @@ fn apply(hub: &Hub, set: &[Contribution]) -> Job {
         round: Round(0),
         base: (0..).map(Part).zip(hub.spec.initial.iter().copied()).collect(),
         set: set.to_vec(),
+        makers: [(1, 0), (2, 1)].map(maker).into(),
         sources: vec![NodeId([1; 32])],
     }
 }

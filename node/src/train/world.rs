@@ -28,6 +28,12 @@ pub trait Blobs: Send + Sync + 'static {
     /// Keeps bytes for a run, durable when it returns.
     fn put(&self, run: RunId, bytes: Vec<u8>) -> BoxFuture<'_, Result<BlobId, String>>;
 
+    /// Notes that a blob which is here is kept for a run too.
+    fn keep(&self, run: RunId, blob: BlobId);
+
+    /// Lets go of everything that was kept for a run.
+    fn forget(&self, run: RunId);
+
     /// The file that holds a whole blob.
     fn path(&self, blob: BlobId) -> Option<PathBuf>;
 

@@ -2,16 +2,16 @@
 //!
 //! Every node computes this for itself and must get the same bits. So the order is fixed (by replica, then by round,
 //! whatever order bytes came in), sums run left to right, and only `+ − × ÷ √` are used, which IEEE 754 rounds alike
-//! everywhere. It goes part by part and, within a part, tensor by tensor: beside the part's own state it takes three
+//! everywhere. It goes part by part and, within a part, tensor by tensor: beside the part's own state it takes two
 //! buffers of the largest tensor, however many updates there are.
 //!
-//! For each tensor, with voices v (a replica, or all replicas of one institution):
+//! An institution has one voice, however many nodes it starts. For each tensor, with updates `x_u` of institutions v:
 //!
-//! 1. `x_v`: the update; of an institution, the weighted mean of its replicas' updates.
-//! 2. `c_v = min(1, median ‖x‖ / ‖x_v‖)`: no voice is louder than the middle one. The median is the lower one, of voices
-//!    that say anything at all.
-//! 3. `g = Σ share_v · c_v · x_v`, where shares follow the weights and none is over 2 / voices before they are scaled to
-//!    sum to one.
+//! 1. `level_v`: the median `‖x_u‖` of the institution's updates; `level`: the median of all levels. Medians are the lower
+//!    ones, of those that say anything at all.
+//! 2. `c_u = min(1, level / ‖x_u‖)`: no update is louder than the middle institution's middle one.
+//! 3. `g = Σ_v share_v Σ_u share_u · c_u · x_u`. Shares follow the weights and sum to one, among institutions and among
+//!    the updates of each; but of n, none is above `2 / (n + 1)`, which is what counts double among equals has.
 //! 4. `m ← μ m + g`, `θ ← θ − η (g + μ m)`.
 
 mod state;
@@ -70,8 +70,8 @@ pub struct Update<'a> {
     pub frame: Frame<'a>,
     /// Its weight: tokens, discounted for being late.
     pub weight: u64,
-    /// With an institution, all its replicas together are one voice; otherwise each replica is one.
-    pub institution: Option<InstitutionId>,
+    /// Which institution vouches for the node that made it: all its updates together are one voice.
+    pub institution: InstitutionId,
 }
 
 /// Why a set cannot be folded into a state.
@@ -89,7 +89,7 @@ pub enum AggregateError {
 /// What was done to one part.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct PartSummary {
-    /// How often a voice was clipped, over all tensors.
+    /// How often an update was clipped, over all tensors.
     pub clipped: u64,
     /// Tensors left as they were, since the step would have made them infinite.
     pub skipped: u64,
@@ -117,7 +117,7 @@ pub fn apply(
     let mut summary = PartSummary::default();
     let mut parameters = state.parameters.as_mut_slice();
     let mut momentum = state.momentum.as_mut_slice();
-    let (mut update, mut mean, mut scratch) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut update, mut mean) = (Vec::new(), Vec::new());
     for (index, tensor) in layout.tensors.iter().enumerate() {
         let elements = tensor.elements().unwrap_or(0);
         let (Some((theta, theta_rest)), Some((m, m_rest))) = (
@@ -127,26 +127,29 @@ pub fn apply(
             break; // The sum of the tensors' elements was checked above.
         };
         (parameters, momentum) = (theta_rest, m_rest);
-        for buffer in [&mut update, &mut mean, &mut scratch] {
+        for buffer in [&mut update, &mut mean] {
             buffer.clear();
             buffer.resize(elements, 0.0);
         }
-        let norms: Vec<f64> = voices
-            .iter()
-            .map(|voice| {
-                voice.say(index, &mut update, &mut scratch);
-                norm(&update)
-            })
-            .collect();
-        let median = median_of_positive(&norms);
-        for (voice, norm) in voices.iter().zip(&norms) {
+        let mut norms = Vec::with_capacity(voices.len());
+        for voice in &voices {
+            let mut of_voice = Vec::with_capacity(voice.len());
+            for (_, frame) in voice {
+                frame.tensor_into(index, &mut update);
+                of_voice.push(norm(&update));
+            }
+            norms.push(of_voice);
+        }
+        let levels: Vec<f64> = norms.iter().map(|of_voice| median_of_positive(of_voice)).collect();
+        let level = median_of_positive(&levels);
+        for ((share, frame), norm) in voices.iter().flatten().zip(norms.iter().flatten()) {
             if *norm == 0.0 {
                 continue;
             }
-            let clip = if *norm > median { median / norm } else { 1.0 };
-            summary.clipped += u64::from(*norm > median);
-            voice.say(index, &mut update, &mut scratch);
-            let factor = (voice.share * clip) as f32;
+            let clip = if *norm > level { level / norm } else { 1.0 };
+            summary.clipped += u64::from(*norm > level);
+            frame.tensor_into(index, &mut update);
+            let factor = (share * clip) as f32;
             for (mean, update) in mean.iter_mut().zip(&update) {
                 *mean += factor * *update;
             }
@@ -184,31 +187,10 @@ fn outer_step(theta: &mut [f32], m: &mut [f32], g: &[f32], step: OuterStep) -> b
     true
 }
 
-/// Those who are heard as one.
-struct Voice<'a> {
-    /// Its part of the mean: shares of all voices sum to one.
-    share: f64,
-    /// Its updates in order, each with its part of the voice.
-    members: Vec<(f32, &'a Frame<'a>)>,
-}
+/// The updates of one institution, each with its share of the mean.
+type Voice<'a> = Vec<(f64, &'a Frame<'a>)>;
 
-impl Voice<'_> {
-    /// Writes the voice's update of a tensor over `out`.
-    fn say(&self, tensor: usize, out: &mut [f32], scratch: &mut [f32]) {
-        if let [(_, only)] = self.members.as_slice() {
-            return only.tensor_into(tensor, out);
-        }
-        out.fill(0.0);
-        for (share, frame) in &self.members {
-            frame.tensor_into(tensor, scratch);
-            for (out, value) in out.iter_mut().zip(scratch.iter()) {
-                *out += share * *value;
-            }
-        }
-    }
-}
-
-/// Voices in the order of their first replica.
+/// Voices in the order of their first replica; the shares of all updates sum to one.
 fn voices<'a>(updates: &'a [Update<'a>]) -> Result<Vec<Voice<'a>>, AggregateError> {
     let mut sorted: Vec<&Update<'_>> = updates.iter().filter(|update| update.weight > 0).collect();
     let key = |update: &Update<'_>| (update.frame.header().replica, update.frame.header().round);
@@ -221,35 +203,55 @@ fn voices<'a>(updates: &'a [Update<'a>]) -> Result<Vec<Voice<'a>>, AggregateErro
             return Err(AggregateError::Twice { replica, round });
         }
     }
+    if sorted.is_empty() {
+        return Err(AggregateError::Empty);
+    }
     let mut groups: Vec<Vec<&Update<'_>>> = Vec::new();
     for update in sorted {
-        let same = |group: &&mut Vec<&Update<'_>>| {
-            update.institution.is_some() && group.iter().any(|member| member.institution == update.institution)
-        };
+        let same = |group: &&mut Vec<&Update<'_>>| group.iter().any(|member| member.institution == update.institution);
         match groups.iter_mut().find(same) {
             Some(group) => group.push(update),
             None => groups.push(alloc::vec![update]),
         }
     }
-    let weight = |group: &Vec<&Update<'_>>| group.iter().fold(0.0, |sum, update| sum + update.weight as f64);
-    let total = groups.iter().fold(0.0, |sum, group| sum + weight(group));
-    if total == 0.0 {
-        return Err(AggregateError::Empty);
+    let weight = |update: &&Update<'_>| update.weight as f64;
+    let weights: Vec<f64> = groups
+        .iter()
+        .map(|group| group.iter().map(weight).fold(0.0, |sum, weight| sum + weight))
+        .collect();
+    let voice = |(group, share): (&Vec<&'a Update<'a>>, f64)| {
+        let within = shares(&group.iter().map(weight).collect::<Vec<_>>());
+        let members = group.iter().zip(within);
+        members.map(|(update, part)| (share * part, &update.frame)).collect()
+    };
+    Ok(groups.iter().zip(shares(&weights)).map(voice).collect())
+}
+
+/// Shares that follow the weights, which are above zero, and sum to one. Of n, none is above `2 / (n + 1)`; what is over
+/// goes to the others, by their weights.
+fn shares(weights: &[f64]) -> Vec<f64> {
+    let cap = 2.0 / (weights.len() as f64 + 1.0);
+    let mut capped = alloc::vec![false; weights.len()];
+    loop {
+        let (mut left, mut free) = (1.0, 0.0);
+        for (weight, capped) in weights.iter().zip(&capped) {
+            if *capped {
+                left -= cap;
+            } else {
+                free += weight;
+            }
+        }
+        let share = |weight: &f64, capped: &bool| if *capped { cap } else { left * weight / free };
+        let shares: Vec<f64> = weights.iter().zip(&capped).map(|(w, c)| share(w, c)).collect();
+        let over: Vec<bool> = shares.iter().map(|share| *share > cap).collect();
+        if !over.contains(&true) {
+            return shares;
+        }
+        // At least one more with every turn, and never all: shares that sum to one are not all above the cap.
+        for (capped, over) in capped.iter_mut().zip(over) {
+            *capped |= over;
+        }
     }
-    let cap = 2.0 / groups.len() as f64;
-    let capped = |group: &Vec<&Update<'_>>| {
-        let share = weight(group) / total;
-        if share > cap { cap } else { share }
-    };
-    let capped_sum = groups.iter().fold(0.0, |sum, group| sum + capped(group));
-    let voice = |group: &Vec<&'a Update<'a>>| Voice {
-        share: capped(group) / capped_sum,
-        members: group
-            .iter()
-            .map(|update| ((update.weight as f64 / weight(group)) as f32, &update.frame))
-            .collect(),
-    };
-    Ok(groups.iter().map(voice).collect())
 }
 
 /// ‖x‖, in f64: squares of f32 neither overflow nor vanish there.

@@ -153,7 +153,7 @@ fn a_voice_ten_times_too_loud_is_clipped_to_the_median() {
     let layout = layout(&[4]);
     let frames = [1.0, 1.0, 10.0].map(|size| [size; 4]);
     let bytes = encode_all(&layout, &frames, Form::Raw);
-    let updates = updates(&layout, &bytes, &[5, 5, 5], &[None; 3]);
+    let updates = updates(&layout, &bytes, &[5, 5, 5], &[1, 2, 3]);
     let mut state = PartState::initial(vec![0.0; 4]);
     let step = OuterStep {
         learning_rate: 1.0,
@@ -169,41 +169,65 @@ fn a_voice_ten_times_too_loud_is_clipped_to_the_median() {
 }
 
 #[test]
-fn replicas_of_one_institution_have_one_voice() {
+fn an_institution_that_starts_many_nodes_has_one_voice() {
     let layout = layout(&[2]);
     let bytes = encode_all(&layout, &[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], Form::Raw);
-    let (a, b) = (Some(InstitutionId([1; 32])), Some(InstitutionId([2; 32])));
-    let shares = |institutions: &[Option<InstitutionId>]| {
-        let updates = updates(&layout, &bytes, &[1, 1, 1, 3], institutions);
-        voices(&updates)
-            .unwrap()
-            .iter()
-            .map(|voice| voice.share)
-            .collect::<Vec<_>>()
+    let shares = |institutions: &[u8; 4]| {
+        let updates = updates(&layout, &bytes, &[1; 4], institutions);
+        let voices = voices(&updates).unwrap();
+        let share = |voice: &Voice<'_>| voice.iter().map(|(share, _)| share).sum();
+        voices.iter().map(share).collect::<Vec<f64>>()
     };
-    assert_eq!(shares(&[a, a, a, b]), [0.5, 0.5]);
-    // Without institutions: shares of 1/6 and 3/6, the latter at its cap of 2/4.
-    let alone = shares(&[None; 4]);
-    assert_eq!(alone.len(), 4);
-    assert!((alone[3] - 0.5).abs() < 1e-12);
+    assert_eq!(shares(&[1, 2, 3, 4]), [0.25; 4]);
+    // Three of four nodes, and yet no more than what counts double beside another.
+    let two = shares(&[1, 1, 1, 2]);
+    assert!(
+        (two[0] - 2.0 / 3.0).abs() < 1e-12 && (two[1] - 1.0 / 3.0).abs() < 1e-12,
+        "{two:?}"
+    );
+    assert_eq!(shares(&[1; 4]), [1.0]);
 }
 
 #[test]
-fn nobody_has_more_than_twice_an_equal_share_before_scaling() {
-    let layout = layout(&[1]);
-    let bytes = encode_all(&layout, &[[1.0]; 4], Form::Raw);
-    let updates = updates(&layout, &bytes, &[1_000_000, 1, 1, 1], &[None; 4]);
-    let shares: Vec<f64> = voices(&updates).unwrap().iter().map(|voice| voice.share).collect();
-    // 2/4 against three times a millionth: a lone giant still decides when the others are nothing.
-    assert!(shares[0] > 0.99);
-    assert!((shares.iter().sum::<f64>() - 1.0).abs() < 1e-12);
+fn shares_follow_weights_up_to_twice_that_of_an_equal() {
+    assert_eq!(shares(&[3.0]), [1.0]);
+    assert_eq!(shares(&[1.0, 1.0]), [0.5, 0.5]);
+    assert_eq!(shares(&[3.0, 2.0]), [0.6, 0.4]);
+    // The giants hold their caps, of 2/5 each; the rest is for the others, by their weights.
+    let four = shares(&[1e9, 1.0, 1e8, 3.0]);
+    for (share, right) in four.iter().zip([0.4, 0.05, 0.4, 0.15]) {
+        assert!((share - right).abs() < 1e-12, "{four:?}");
+    }
+}
+
+#[test]
+fn quiet_nodes_of_one_institution_do_not_silence_the_others() {
+    let layout = layout(&[4]);
+    // A crowd that says next to nothing, and two institutions that trained.
+    let frames = [1e-6, 1e-6, 1e-6, 1.0, 1.0].map(|size| [size; 4]);
+    let bytes = encode_all(&layout, &frames, Form::Raw);
+    let step = OuterStep {
+        learning_rate: 1.0,
+        momentum: 0.0,
+    };
+    let moved = |institutions: &[u8; 5]| {
+        let updates = updates(&layout, &bytes, &[1; 5], institutions);
+        let mut state = PartState::initial(vec![0.0; 4]);
+        apply(&layout, &updates, step, &mut state).unwrap();
+        -state.parameters[0]
+    };
+    assert!(moved(&[1, 1, 1, 2, 3]) > 0.5);
+    assert!(
+        moved(&[1, 2, 3, 4, 5]) < 1e-5,
+        "as five institutions they are the majority"
+    );
 }
 
 #[test]
 fn a_step_that_would_be_infinite_is_not_taken() {
     let layout = layout(&[2]);
     let bytes = encode_all(&layout, &[[f32::MAX, f32::MAX]], Form::Raw);
-    let updates = updates(&layout, &bytes, &[1], &[None]);
+    let updates = updates(&layout, &bytes, &[1], &[1]);
     let mut state = PartState::initial(vec![-f32::MAX, 1.0]);
     let summary = apply(&layout, &updates, NESTEROV, &mut state).unwrap();
     assert_eq!(summary.skipped, 1);
@@ -214,7 +238,7 @@ fn a_step_that_would_be_infinite_is_not_taken() {
 fn a_set_with_a_replica_twice_or_with_nothing_is_refused() {
     let layout = layout(&[1]);
     let bytes = encode_all(&layout, &[[1.0]], Form::Raw);
-    let once = updates(&layout, &bytes, &[1], &[None]);
+    let once = updates(&layout, &bytes, &[1], &[1]);
     let twice = [once[0].clone(), once[0].clone()];
     let mut state = PartState::initial(vec![0.0]);
     let mut refused = |updates: &[Update<'_>]| apply(&layout, updates, NESTEROV, &mut state).unwrap_err();
@@ -254,12 +278,12 @@ fn the_bits_of_an_aggregate_never_change() {
     let values: Vec<Vec<f32>> = (0..5).map(|seed| random(seed, 4404)).collect();
     let hashes = [Form::Raw, Form::Int8, Form::E3m0, Form::TopkQ2 { k: 64 }].map(|form| {
         let bytes = encode_all(&layout, &values, form);
-        let updates = updates(&layout, &bytes, &[3, 1, 4, 1, 5], &[None; 5]);
+        let updates = updates(&layout, &bytes, &[3, 1, 4, 1, 5], &[1, 2, 3, 1, 4]);
         let mut state = PartState::initial(random(9, 4404));
         apply(&layout, &updates, NESTEROV, &mut state).unwrap();
         digest(&state.to_bytes()).short()
     });
-    assert_eq!(hashes, ["b86b7770", "42523376", "9d6c8e4b", "68689f3f"]);
+    assert_eq!(hashes, ["a249b73e", "4d895102", "7cc8c365", "1c31019f"]);
 }
 
 proptest! {
@@ -268,8 +292,7 @@ proptest! {
         let layout = layout(&[50, 3]);
         let values: Vec<Vec<f32>> = (0..6).map(|replica| random(seed ^ replica, 53)).collect();
         let bytes = encode_all(&layout, &values, Form::E3m0);
-        let one = Some(InstitutionId([1; 32]));
-        let mut updates = updates(&layout, &bytes, &[7, 1, 9, 2, 2, 30], &[None, one, None, one, None, one]);
+        let mut updates = updates(&layout, &bytes, &[7, 1, 9, 2, 2, 30], &[1, 2, 3, 2, 4, 2]);
         let mut in_order = PartState::initial(random(seed, 53));
         let mut shuffled = in_order.clone();
         apply(&layout, &updates, NESTEROV, &mut in_order).unwrap();
@@ -286,7 +309,7 @@ proptest! {
         let layout = layout(&[40]);
         let values: Vec<Vec<f32>> = (0..3).map(|replica| random(seed ^ replica, 40)).collect();
         let bytes = encode_all(&layout, &values, Form::Int8);
-        let updates = updates(&layout, &bytes, &weights, &[None; 3]);
+        let updates = updates(&layout, &bytes, &weights, &[1, 2, 3]);
         let mut state = PartState::initial(random(seed, 40));
         let plain = state.clone();
         apply(&layout, &updates, NESTEROV, &mut state).unwrap();
@@ -295,14 +318,12 @@ proptest! {
         let norms: Vec<f64> = decoded.iter().map(|x| libm::sqrt(x.iter().map(|v| f64::from(*v) * f64::from(*v)).sum())).collect();
         let mut sorted = norms.clone();
         sorted.sort_by(f64::total_cmp);
-        let total: u64 = weights.iter().sum();
-        let capped: Vec<f64> = weights.iter().map(|w| (*w as f64 / total as f64).min(2.0 / 3.0)).collect();
-        let sum: f64 = capped.iter().sum();
+        let shares = shares(&weights.iter().map(|w| *w as f64).collect::<Vec<_>>());
         for (i, theta) in plain.parameters.iter().enumerate() {
             let mut g = 0.0f32;
             for r in 0..3 {
                 let clip = if norms[r] > sorted[1] { sorted[1] / norms[r] } else { 1.0 };
-                g += (capped[r] / sum * clip) as f32 * decoded[r][i];
+                g += (shares[r] * clip) as f32 * decoded[r][i];
             }
             let theta = theta - 0.7 * (g + 0.9 * g);
             prop_assert_eq!(theta.to_bits(), state.parameters[i].to_bits());
@@ -342,16 +363,11 @@ fn encode_all<V: AsRef<[f32]>>(layout: &PartLayout, values: &[V], form: Form) ->
         .collect()
 }
 
-fn updates<'a>(
-    layout: &PartLayout,
-    bytes: &'a [Vec<u8>],
-    weights: &[u64],
-    institutions: &[Option<InstitutionId>],
-) -> Vec<Update<'a>> {
-    let of = |((bytes, weight), institution): ((&'a Vec<u8>, &u64), &Option<InstitutionId>)| Update {
+fn updates<'a>(layout: &PartLayout, bytes: &'a [Vec<u8>], weights: &[u64], institutions: &[u8]) -> Vec<Update<'a>> {
+    let of = |((bytes, weight), institution): ((&'a Vec<u8>, &u64), &u8)| Update {
         frame: Frame::parse(bytes, layout).unwrap(),
         weight: *weight,
-        institution: *institution,
+        institution: InstitutionId([*institution; 32]),
     };
     bytes.iter().zip(weights).zip(institutions).map(of).collect()
 }

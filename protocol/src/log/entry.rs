@@ -7,8 +7,8 @@ use core::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::hash::{BlobId, Digest, NodeId, RunId, digest};
-use crate::layout::BlockRange;
+use crate::hash::{BlobId, Digest, InstitutionId, NodeId, RunId, digest};
+use crate::layout::{BlockRange, Part};
 
 use super::Signature;
 
@@ -50,11 +50,19 @@ impl fmt::Display for ReplicaId {
 pub struct Stage {
     /// Which node.
     pub node: NodeId,
+    /// Which institution vouches for the node: whose voice the stage's part of an update is.
+    pub institution: InstitutionId,
     /// Its blocks.
     pub range: BlockRange,
     /// Which life of the node: changes whenever the node forgot unfinished work. The stages of a chain train each
     /// round together, so a chain whose member has begun another life cannot finish the round that it is in.
     pub incarnation: u64,
+}
+
+/// The institution whose stage of a chain holds `part`, in a model of `blocks` blocks.
+pub fn institution_of(stages: &[Stage], part: Part, blocks: u32) -> Option<InstitutionId> {
+    let holds = |stage: &&Stage| stage.range.parts(blocks).contains(&part.0);
+    stages.iter().find(holds).map(|stage| stage.institution)
 }
 
 /// One replica's update in a round's set.
@@ -188,7 +196,7 @@ impl Entry {
         const REST: usize = 256; // Ids, hashes, signature.
         REST + match &self.body {
             Body::Genesis { spec } => spec.len(),
-            Body::Replica { stages, .. } => stages.len().saturating_mul(64),
+            Body::Replica { stages, .. } => stages.len().saturating_mul(96),
             Body::Closed { set, .. } => set.iter().map(|one| 64 + one.parts.len().saturating_mul(32)).sum(),
             Body::Applied { parts, .. } => parts.len().saturating_mul(32),
             Body::Evaluated { bits_per_byte_ppm, .. } => bits_per_byte_ppm.keys().map(|name| 16 + name.len()).sum(),
@@ -221,6 +229,24 @@ mod tests {
     fn a_late_contribution_weighs_half_for_every_round() {
         assert_eq!(contribution(1000).weight(Round(4)), 1000);
         assert_eq!(contribution(1000).weight(Round(6)), 250);
+    }
+
+    #[test]
+    fn a_part_is_the_voice_of_the_stage_that_holds_it() {
+        let stage = |n: u8, first, end| Stage {
+            node: NodeId([n; 32]),
+            institution: InstitutionId([n; 32]),
+            range: BlockRange { first, end },
+            incarnation: 0,
+        };
+        let stages = [stage(1, 0, 3), stage(2, 3, 4)];
+        // Embedding and three blocks, then one block and the head.
+        let voices = [1, 1, 1, 1, 2, 2].map(|n| Some(InstitutionId([n; 32])));
+        assert_eq!(
+            [0, 1, 2, 3, 4, 5].map(|part| institution_of(&stages, Part(part), 4)),
+            voices
+        );
+        assert_eq!(institution_of(&stages, Part(6), 4), None);
     }
 
     #[test]

@@ -114,6 +114,8 @@ pub struct RoundRecord {
     pub base_hash: Digest,
     /// What was folded in.
     pub set: Vec<Contribution>,
+    /// The stages of each replica in the set, some of which may have ended since.
+    pub makers: BTreeMap<ReplicaId, Vec<Stage>>,
 }
 
 /// What a run is doing.
@@ -362,6 +364,7 @@ impl Ledger {
                     base: self.state.clone(),
                     base_hash: self.state_hash,
                     set: set.clone(),
+                    makers: self.makers(set),
                 });
                 while self.recent.len() > self.window() {
                     self.recent.pop_front();
@@ -397,6 +400,11 @@ impl Ledger {
                 replica.from = replica.from.min(next);
             }
         }
+    }
+
+    fn makers(&self, set: &[Contribution]) -> BTreeMap<ReplicaId, Vec<Stage>> {
+        let stages = |one: &Contribution| Some((one.replica, self.replicas.get(&one.replica)?.stages.clone()));
+        set.iter().filter_map(stages).collect()
     }
 
     fn last_closed(&self) -> Round {

@@ -18,7 +18,7 @@ mod ledger;
 mod seal;
 
 pub use chain::{Fork, Log, LogError, Received, Stewards};
-pub use entry::{Body, Contribution, EndReason, Entry, ReplicaId, Round, Stage};
+pub use entry::{Body, Contribution, EndReason, Entry, ReplicaId, Round, Stage, institution_of};
 pub(crate) use ledger::parts_of;
 pub use ledger::{Ledger, Phase, Replica, RoundRecord, RuleError, tokens_max};
 pub use seal::{Seal, Signature};

@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 
 use serde::{Deserialize, Serialize};
 
-use crate::hash::{BlobId, NodeId, RunId};
+use crate::hash::{BlobId, InstitutionId, NodeId, RunId};
 use crate::layout::Part;
 use crate::log::{Entry, ReplicaId, Round};
 use crate::round::{Job, JobId, JoinAnswer, Outcome, Refusal, RunMessage, SignedCommit};
@@ -15,7 +15,8 @@ use crate::run::RunSpec;
 /// What happened.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Input {
-    /// A message came. The transport vouches for `from`, and that it may take part in this federation's runs.
+    /// A message came. The transport vouches for `from`, that it may take part in this federation's runs, and that the
+    /// institution which a [`RunMessage::Join`] names has certified it.
     Message {
         /// The sender.
         from: NodeId,
@@ -93,6 +94,8 @@ pub enum Command {
 /// How a node takes part in a run.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Joining {
+    /// The institution that vouches for this node.
+    pub institution: InstitutionId,
     /// How many blocks it can hold. Fewer than the model's make it a stage of a chain.
     pub blocks_max: u32,
     /// Languages of its data, for people to see.

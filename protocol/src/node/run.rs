@@ -222,6 +222,7 @@ impl Run {
             }
             RunMessage::Ask { from: index, .. } => Self::answer(ctx, from, index),
             RunMessage::Join {
+                institution,
                 blocks_max,
                 languages,
                 incarnation,
@@ -229,7 +230,11 @@ impl Run {
                 ..
             } => {
                 if let Some(steward) = &mut self.steward {
-                    let joining = Joining { blocks_max, languages };
+                    let joining = Joining {
+                        institution,
+                        blocks_max,
+                        languages,
+                    };
                     steward.on_join(ctx, from, joining, incarnation);
                     self.catch_up(ctx, from, entries);
                 }

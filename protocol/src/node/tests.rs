@@ -8,7 +8,7 @@ use alloc::vec::Vec;
 use proptest::prelude::*;
 
 use super::*;
-use crate::hash::{BlobId, Digest, RunId};
+use crate::hash::{BlobId, Digest, InstitutionId, RunId};
 use crate::layout::Part;
 use crate::log::{Body, Contribution, EndReason, Entry, Ledger, ReplicaId, Seal, Signature};
 use crate::round::{Commit, CommitAnswer, Job, LEASE, Outcome, Refusal, SignedCommit};
@@ -322,6 +322,44 @@ fn stops_after_the_outer_step_that_is_under_way() {
 }
 
 #[test]
+fn a_run_that_is_stopped_while_its_state_is_scored_gives_the_scoring_up() {
+    let mut spec = spec_of_one();
+    spec.evaluation = Some(BlobId::default());
+    spec.evaluate_every_rounds = 1;
+    let run = spec.id();
+    let mut steward = Desk::steward(spec);
+    steward.join(2, BLOCKS, 1);
+    steward.commit(2, 0, 0);
+    steward.apply(0);
+    let scoring = steward.running(|work| matches!(work, Job::Evaluate { .. }));
+    let effects = steward.local(Command::Stop { run });
+    assert!(effects.contains(&Effect::Cancel { job: scoring }));
+    // It may have been done in this very moment.
+    let bits_per_byte_ppm = BTreeMap::new();
+    let effects = steward.done(scoring, Outcome::Evaluated { bits_per_byte_ppm });
+    assert!(
+        effects.iter().all(|effect| !matches!(effect, Effect::Report(_))),
+        "{effects:?}"
+    );
+    assert_eq!(steward.log().entries().last().unwrap().body, Body::Stopped);
+}
+
+#[test]
+fn the_outer_step_is_told_whose_voice_each_update_is() {
+    let mut steward = Desk::steward(spec_of_one());
+    steward.join(2, BLOCKS, 1);
+    steward.commit(2, 0, 0);
+    // Its replica ends before the outer step is taken.
+    steward.tell(2, RunMessage::Leave { run: steward.run });
+    let apply = steward.running(|work| matches!(work, Job::Apply { .. }));
+    let Some(Job::Apply { set, makers, .. }) = steward.running.get(&apply) else {
+        unreachable!("it was found by its kind")
+    };
+    let stages = &makers[&set[0].replica];
+    assert_eq!((stages[0].node, stages[0].institution), (node(2), institution(2)));
+}
+
+#[test]
 fn a_steward_with_a_damaged_log_says_nothing_more() {
     let mut steward = Desk::steward(spec_of_one());
     steward.join(2, BLOCKS, 1);
@@ -490,6 +528,7 @@ impl Desk {
     fn join(&mut self, n: u8, blocks_max: u32, incarnation: u64) -> Vec<Effect> {
         let message = RunMessage::Join {
             run: self.run,
+            institution: institution(n),
             blocks_max,
             languages: vec![],
             incarnation,
@@ -564,8 +603,14 @@ fn spec_of_one() -> RunSpec {
     one
 }
 
+/// Of node `n`.
+fn institution(n: u8) -> InstitutionId {
+    InstitutionId([n; 32])
+}
+
 fn joining(blocks_max: u32) -> Joining {
     Joining {
+        institution: InstitutionId::default(),
         blocks_max,
         languages: vec![],
     }
@@ -645,6 +690,7 @@ fn message(kind: u8, from: u8, one: u64, other: u64) -> RunMessage {
     match kind {
         0 | 1 => RunMessage::Join {
             run,
+            institution: InstitutionId::default(),
             blocks_max: u32::try_from(one * 2).unwrap(),
             languages: vec![],
             incarnation: other,

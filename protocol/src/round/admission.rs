@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 
-use crate::hash::NodeId;
+use crate::hash::{InstitutionId, NodeId};
 use crate::layout::BlockRange;
 use crate::log::{STAGES_MAX, Stage};
 
@@ -10,6 +10,7 @@ use crate::log::{STAGES_MAX, Stage};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Candidate {
     pub(crate) node: NodeId,
+    pub(crate) institution: InstitutionId,
     /// How many blocks it can hold.
     pub(crate) blocks_max: u32,
     pub(crate) incarnation: u64,
@@ -63,6 +64,7 @@ fn deal(chosen: &[Candidate], blocks: u32) -> Vec<Stage> {
         let end = first.saturating_add(share);
         stages.push(Stage {
             node: one.node,
+            institution: one.institution,
             range: BlockRange { first, end },
             incarnation: one.incarnation,
         });
@@ -120,6 +122,7 @@ mod tests {
     fn candidate(n: u8, blocks_max: u32) -> Candidate {
         Candidate {
             node: NodeId([n; 32]),
+            institution: InstitutionId([n; 32]),
             blocks_max,
             incarnation: 1,
         }

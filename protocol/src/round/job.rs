@@ -63,6 +63,8 @@ pub enum Job {
         base: Vec<(Part, BlobId)>,
         /// What to fold in. Weights: [`Contribution::weight`] of `round`.
         set: Vec<Contribution>,
+        /// The stages of each replica in the set. Voices: [`crate::log::institution_of`] of them.
+        makers: BTreeMap<ReplicaId, Vec<Stage>>,
         /// Who has the set's blobs, the best first.
         sources: Vec<NodeId>,
     },

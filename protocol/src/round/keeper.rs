@@ -32,6 +32,8 @@ struct Held {
     parts: BTreeMap<Part, BlobId>,
     /// Whether these are the log's bits. Nothing is built on a state before they are.
     agreed: bool,
+    /// Whether this node took the outer step in this life: a restored state may have been fetched.
+    stepped: bool,
 }
 
 #[derive(Debug)]
@@ -57,6 +59,7 @@ impl Keeper {
             round,
             parts: parts.into_iter().collect(),
             agreed: false,
+            stepped: false,
         });
     }
 
@@ -150,6 +153,7 @@ impl Keeper {
             round,
             parts: parts.iter().copied().collect(),
             agreed,
+            stepped: !agreed,
         });
         ctx.persist(Persist::State { round, parts });
     }
@@ -179,7 +183,9 @@ impl Keeper {
         let run = ctx.run();
         if differing.is_empty() {
             held.agreed = true;
-            ctx.report(Report::Agreed { run, round });
+            if held.stepped {
+                ctx.report(Report::Agreed { run, round });
+            }
         } else {
             self.held = None;
             let parts = differing;
@@ -239,6 +245,7 @@ impl Keeper {
                     round,
                     base: base.clone(),
                     set: record.set.clone(),
+                    makers: record.makers.clone(),
                     sources,
                 };
                 (base, job)

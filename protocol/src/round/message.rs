@@ -9,7 +9,7 @@ use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::hash::{Digest, RunId};
+use crate::hash::{Digest, InstitutionId, RunId};
 use crate::log::{ENTRY_BYTES_MAX, Entry, LANGUAGE_BYTES_MAX, LANGUAGES_MAX, PARTS_MAX, ReplicaId, Round};
 
 use super::{CommitAnswer, SignedCommit};
@@ -55,6 +55,8 @@ pub enum RunMessage {
     Join {
         /// The run.
         run: RunId,
+        /// Which institution vouches for me. The transport compares it with the sender's certificate.
+        institution: InstitutionId,
         /// How many blocks I can hold.
         blocks_max: u32,
         /// Languages of my data, for people to see.
@@ -233,6 +235,7 @@ mod tests {
     fn refuses_more_languages_than_there_may_be() {
         let message = RunMessage::Join {
             run: RunId::default(),
+            institution: InstitutionId::default(),
             blocks_max: 1,
             languages: vec![String::from("nl"); LANGUAGES_MAX + 1],
             incarnation: 0,

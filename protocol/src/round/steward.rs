@@ -101,6 +101,9 @@ impl Steward {
         self.say_head(ctx);
         if self.phase(ctx) == Phase::Over {
             self.prune(ctx);
+            if let Some(scoring) = self.scoring.take() {
+                ctx.cancel(scoring.job); // The log takes no more scores.
+            }
             return;
         }
         self.end_silent(ctx);
@@ -195,6 +198,7 @@ impl Steward {
         }
         let candidate = Candidate {
             node: from,
+            institution: joining.institution,
             blocks_max: joining.blocks_max,
             incarnation,
         };

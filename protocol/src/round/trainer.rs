@@ -336,6 +336,7 @@ impl Trainer {
             (None, None) => None,
             (Some(joining), _) => Some(RunMessage::Join {
                 run,
+                institution: joining.institution,
                 blocks_max: joining.blocks_max,
                 languages: joining.languages.clone(),
                 incarnation,

@@ -177,6 +177,7 @@ impl Engine {
             round,
             base,
             set,
+            makers,
             sources,
             ..
         } = work
@@ -197,7 +198,7 @@ impl Engine {
         }
         let mut parts: Vec<(Part, BlobId)> = base
             .iter()
-            .map(|(part, blob)| (*part, step_part(*blob, *round, index(part), &set)))
+            .map(|(part, blob)| (*part, step_part(*blob, *round, index(part), &set, makers)))
             .collect();
         if std::mem::take(&mut self.hosts[host].corrupt)
             && let Some((_, blob)) = parts.first_mut()

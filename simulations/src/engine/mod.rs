@@ -402,6 +402,7 @@ impl Engine {
         let blocks_max = self.world.plans[index].blocks_max;
         let command = if self.hosts[index].wants_in {
             let joining = Joining {
+                institution: self.world.plans[index].institution,
                 blocks_max,
                 languages: vec![],
             };

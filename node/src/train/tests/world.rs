@@ -10,7 +10,8 @@ use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use polder_protocol::blob::blob_id;
-use polder_protocol::hash::{BlobId, FederationId, NodeId, RunId};
+use polder_protocol::charter::Capabilities;
+use polder_protocol::hash::{BlobId, FederationId, InstitutionId, NodeId, RunId};
 use polder_protocol::identity::KeyPair;
 use polder_protocol::layout::{Layout, Part, PartLayout, TensorLayout};
 use polder_protocol::round::RunMessage;
@@ -18,6 +19,8 @@ use polder_protocol::run::{Boundary, Closing, Codec, Inner, Outer, RunSpec};
 use polder_protocol::time::Span;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+
+use crate::gate::Admitted;
 
 use super::super::datasets::DataSets;
 use super::super::desk::{Desk, Texts};
@@ -162,6 +165,7 @@ impl Hub {
         let config = TrainConfig {
             home: home.to_owned(),
             federation: FederationId::default(),
+            institution: institution(seal.node()),
             train: true,
             blocks_max,
         };
@@ -230,7 +234,16 @@ impl Blobs for Store {
         std::future::ready(fetched).boxed()
     }
 
+    fn keep(&self, _: RunId, _: BlobId) {}
+
+    fn forget(&self, _: RunId) {}
+
     fn retain(&self, _: RunId, _: BTreeSet<BlobId>) {}
+}
+
+/// Each node is an institution of its own.
+pub(super) fn institution(node: NodeId) -> InstitutionId {
+    InstitutionId(node.0)
 }
 
 type Handles = Arc<Mutex<BTreeMap<NodeId, TrainHandle>>>;
@@ -245,7 +258,12 @@ impl Network for Wires {
     fn send(&self, to: NodeId, message: RunMessage) {
         let handle = self.handles.lock().unwrap().get(&to).cloned();
         if let Some(handle) = handle {
-            handle.heard(self.me, &message.to_bytes());
+            let me = Admitted {
+                node: self.me,
+                institution: institution(self.me),
+                capabilities: Capabilities::TRAIN.0,
+            };
+            handle.heard(&me, &message.to_bytes());
         }
     }
 
