@@ -18,16 +18,16 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// One node. Dropping it kills its process.
 #[derive(Debug)]
-pub struct Node {
-    pub name: String,
-    pub home: PathBuf,
+pub(crate) struct Node {
+    pub(crate) name: String,
+    pub(crate) home: PathBuf,
     child: Option<Child>,
 }
 
 impl Node {
     /// A node without a process. It listens on loopback, on ports that are free now and stay its own over restarts, as
     /// those of a gateway do. `settings` are further lines of its `config.toml`.
-    pub fn prepare(root: &Path, name: &str, settings: &str) -> Self {
+    pub(crate) fn prepare(root: &Path, name: &str, settings: &str) -> Self {
         let home = root.join(name);
         fs::create_dir_all(&home).unwrap();
         let (control, data) = (free_port(), free_port());
@@ -43,13 +43,13 @@ impl Node {
     }
 
     /// Runs a verb to its end.
-    pub fn output(&self, arguments: &[&str]) -> Output {
+    pub(crate) fn output(&self, arguments: &[&str]) -> Output {
         let mut command = program(&self.home);
         command.args(arguments).stdin(Stdio::null()).output().unwrap()
     }
 
     /// Runs a verb and reads its JSON answer, or gives what it wrote to stderr.
-    pub fn try_verb(&self, arguments: &[&str]) -> Result<Value, String> {
+    pub(crate) fn try_verb(&self, arguments: &[&str]) -> Result<Value, String> {
         let output = self.output(&[&["--json"], arguments].concat());
         if output.status.success() {
             Ok(serde_json::from_slice(&output.stdout).unwrap())
@@ -59,13 +59,13 @@ impl Node {
     }
 
     /// Runs a verb that must succeed and reads its JSON answer.
-    pub fn verb(&self, arguments: &[&str]) -> Value {
+    pub(crate) fn verb(&self, arguments: &[&str]) -> Value {
         self.try_verb(arguments)
             .unwrap_or_else(|error| panic!("polder {arguments:?} on {}: {error}\n{}", self.name, self.last_words()))
     }
 
     /// Starts `polder join` with these further arguments and waits until it answers. Its log is kept over restarts.
-    pub fn start(&mut self, arguments: &[&str]) {
+    pub(crate) fn start(&mut self, arguments: &[&str]) {
         assert!(self.child.is_none(), "{} runs already", self.name);
         let log = File::options().create(true).append(true).open(self.log_path()).unwrap();
         let level = std::env::var("POLDER_LOG").unwrap_or_else(|_| "info".into());
@@ -102,29 +102,29 @@ impl Node {
     }
 
     /// The daemon's process id.
-    pub fn process(&self) -> u32 {
+    pub(crate) fn process(&self) -> u32 {
         self.child.as_ref().expect("the node runs").id()
     }
 
     /// `kill -9`: no goodbye, nothing flushed. Its worker ends by itself.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         let mut child = self.child.take().expect("the node runs");
         child.kill().unwrap();
         child.wait().unwrap();
     }
 
     /// SIGSTOP: the process neither hears nor says anything until [`Node::go_on`].
-    pub fn halt(&self) {
+    pub(crate) fn halt(&self) {
         signal("-STOP", self.process());
     }
 
     /// SIGCONT.
-    pub fn go_on(&self) {
+    pub(crate) fn go_on(&self) {
         signal("-CONT", self.process());
     }
 
     /// `polder leave`, then waits for the end of the process.
-    pub fn leave(&mut self) {
+    pub(crate) fn leave(&mut self) {
         self.verb(&["leave"]);
         let child = self.child.as_mut().expect("the node runs");
         let deadline = Instant::now() + LEAVE_TIME_MAX;
@@ -136,12 +136,12 @@ impl Node {
     }
 
     /// All that the node has written.
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.log_path()).unwrap_or_default()
     }
 
     /// The end of it.
-    pub fn last_words(&self) -> String {
+    pub(crate) fn last_words(&self) -> String {
         let log = self.log();
         let lines: Vec<&str> = log.lines().collect();
         lines[lines.len().saturating_sub(30)..].join("\n")
@@ -164,7 +164,7 @@ impl Drop for Node {
 
 /// A federation of one institution whose gateway is the first node; all of them run. Nodes are names and further lines
 /// of `config.toml`.
-pub fn federation(root: &Path, institution: &str, nodes: &[(&str, &str)]) -> Vec<Node> {
+pub(crate) fn federation(root: &Path, institution: &str, nodes: &[(&str, &str)]) -> Vec<Node> {
     let mut running: Vec<Node> = Vec::new();
     for (name, settings) in nodes {
         let mut node = Node::prepare(root, name, settings);
@@ -180,13 +180,13 @@ pub fn federation(root: &Path, institution: &str, nodes: &[(&str, &str)]) -> Vec
 }
 
 /// A new invite of a gateway.
-pub fn invite(gateway: &Node, institution: &str) -> String {
+pub(crate) fn invite(gateway: &Node, institution: &str) -> String {
     let invite = gateway.verb(&["invite", "--institution", institution]);
     invite["invite"].as_str().unwrap().to_owned()
 }
 
 /// Looks until there is something to see.
-pub fn wait_for<T>(what: &str, time_max: Duration, mut look: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn wait_for<T>(what: &str, time_max: Duration, mut look: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + time_max;
     loop {
         if let Some(seen) = look() {
