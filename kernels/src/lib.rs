@@ -10,4 +10,5 @@ pub mod sample;
 pub mod stage;
 pub mod text;
 pub mod train;
+pub mod verify;
 pub mod weights;

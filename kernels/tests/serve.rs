@@ -207,17 +207,17 @@ fn argmax(logits: &[f32]) -> u32 {
 
 fn reference(golden: &Golden) -> polder_reference::Llama {
     use polder_kernels::model::Rope;
-    let config = &golden.config;
+    let (config, llama) = (&golden.config, golden.config.llama().unwrap());
     polder_reference::Llama {
         hidden: config.hidden,
-        intermediate: config.intermediate,
+        intermediate: llama.intermediate,
         blocks: config.blocks as usize,
-        heads: config.heads,
-        kv_heads: config.kv_heads,
-        head_dim: config.head_dim,
-        epsilon: config.epsilon,
-        theta: config.theta,
-        rope: match config.rope {
+        heads: llama.heads,
+        kv_heads: llama.kv_heads,
+        head_dim: llama.head_dim,
+        epsilon: llama.epsilon,
+        theta: llama.theta,
+        rope: match llama.rope {
             Rope::Default => polder_reference::Rope::Default,
             Rope::Llama3 {
                 factor,

@@ -160,6 +160,26 @@ fn what_does_not_fit_is_refused() {
     assert!(matches!(first.score(&tokens, 1, 1, 8), Err(TrainError::Kind { .. })));
 }
 
+#[test]
+fn a_step_moves_the_corrections_of_routers_against_their_loads() {
+    let golden = Golden::open("deepseek_v3");
+    let mut stage = stage(&golden, BlockRange::whole(3), inner());
+    let tokens: Vec<u32> = golden.tokens.concat();
+    let before = by_name(&golden, stage.parameters());
+    stage.forward(0, batch(&tokens, &[])).unwrap();
+    let sum = stage.square_sum(1).unwrap();
+    stage.apply(0, sum).unwrap();
+    let after = by_name(&golden, stage.parameters());
+    let name = "model.layers.1.mlp.gate.e_score_correction_bias";
+    let moved: Vec<f32> = after[name]
+        .iter()
+        .zip(&before[name])
+        .map(|(after, before)| after - before)
+        .collect();
+    assert!(moved.iter().all(|moved| moved.abs() < 1.1e-3));
+    assert!(moved.iter().any(|moved| *moved > 0.9e-3) && moved.iter().any(|moved| *moved < -0.9e-3));
+}
+
 fn stage(golden: &Golden, range: BlockRange, inner: Inner) -> TrainStage {
     let parts = range.parts(golden.config.blocks);
     let parameters = golden.parameters()[parts.start as usize..parts.end as usize].to_vec();

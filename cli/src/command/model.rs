@@ -13,7 +13,8 @@ use polder_node::epochs::Epochs;
 use polder_protocol::blob::blob_id;
 use polder_protocol::epoch::Epoch;
 use polder_protocol::hash::{BlobId, EpochId};
-use polder_worker::models::{self, ImportedModel, PartFile, Summary};
+use polder_worker::DeviceChoice;
+use polder_worker::models::{self, ImportedModel, PartFile, Report, Summary};
 use serde::Serialize;
 
 use crate::context::Context;
@@ -43,10 +44,16 @@ enum Verb {
         /// The model's name, or the beginning of its id
         model: String,
     },
-    /// Read every byte of a model again and check it against its hashes and its configuration
+    /// Check a model of this home against its hashes, or a folder's model against the numbers recorded beside it
+    ///
+    /// Of a model of this home, every byte is read again. Of a Hugging Face folder with cases.safetensors and
+    /// expected.json, both engines compute the recorded inputs, and every quantity is compared with what PyTorch gave.
     Verify {
-        /// The model's name, or the beginning of its id
+        /// The model's name or the beginning of its id, or a folder with config.json
         model: String,
+        /// Where the training engine computes a folder's cases: auto, cpu or wgpu
+        #[arg(long, default_value = "cpu")]
+        device: DeviceChoice,
     },
 }
 
@@ -56,7 +63,10 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
         Verb::Import { path, name } => import(context, &path, name),
         Verb::List => list(context),
         Verb::Show { model } => show(context, &model),
-        Verb::Verify { model } => verify(context, &model),
+        Verb::Verify { model, device } if Path::new(&model).join("config.json").is_file() => {
+            compare(context, Path::new(&model), device)
+        }
+        Verb::Verify { model, .. } => verify(context, &model),
     }
 }
 
@@ -241,6 +251,20 @@ fn verify(context: &Context, wanted: &str) -> anyhow::Result<()> {
     })
 }
 
+/// Prints every quantity, and fails where one is outside its tolerance.
+fn compare(context: &Context, folder: &Path, device: DeviceChoice) -> anyhow::Result<()> {
+    let report = models::verify(folder, device)
+        .with_context(|| format!("cannot verify {}", folder.display()))
+        .hint("a folder to verify holds config.json, safetensors, cases.safetensors and expected.json")?;
+    let outside = report.quantities.iter().filter(|quantity| !quantity.passed).count();
+    let (case, of) = (report.case.clone(), report.quantities.len());
+    context.show(&Compared { report })?;
+    match outside {
+        0 => Ok(()),
+        _ => bail!("`{case}`: {outside} of {of} quantities are outside their tolerance"),
+    }
+}
+
 fn find(context: &Context, wanted: &str) -> anyhow::Result<(EpochId, Epoch)> {
     Epochs::of(context.home())
         .find(wanted)
@@ -290,6 +314,39 @@ impl fmt::Display for Verified {
             "`{}` ({short}) is whole: {} parts, {size}, tokenizer",
             self.name, self.parts
         )
+    }
+}
+
+#[derive(Serialize)]
+struct Compared {
+    #[serde(flatten)]
+    report: Report,
+}
+
+impl fmt::Display for Compared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let width = self
+            .report
+            .quantities
+            .iter()
+            .map(|quantity| quantity.name.chars().count());
+        let width = width.max().unwrap_or(0).max(8);
+        writeln!(f, "`{}`, family {}", self.report.case, self.report.family)?;
+        writeln!(
+            f,
+            "  {:width$}  {:>9}  {:>9}  {:>9}",
+            "QUANTITY", "LARGEST", "MEAN", "TOLERANCE"
+        )?;
+        for quantity in &self.report.quantities {
+            let (name, words) = (&quantity.name, quantity.measure.words());
+            let mark = if quantity.passed { "" } else { "  OUTSIDE" };
+            let (largest, mean, tolerance) = (quantity.largest, quantity.mean, quantity.tolerance);
+            writeln!(
+                f,
+                "  {name:width$}  {largest:9.2e}  {mean:9.2e}  {tolerance:9.1e}  {words}{mark}"
+            )?;
+        }
+        Ok(())
     }
 }
 

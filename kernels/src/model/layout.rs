@@ -1,6 +1,6 @@
 //! Which tensors a model has, in which order.
 
-use polder_protocol::layout::{Layout, PartLayout, TensorLayout};
+use polder_protocol::layout::Layout;
 
 use super::Config;
 
@@ -8,51 +8,7 @@ use super::Config;
 ///
 /// A model whose output projection is the embedding has no `lm_head.weight`: its head is the final norm alone.
 pub fn layout(config: &Config) -> Layout {
-    let embedding = part(vec![tensor(
-        "model.embed_tokens.weight",
-        &[config.vocabulary, config.hidden],
-    )]);
-    let mut head = vec![tensor("model.norm.weight", &[config.hidden])];
-    if !config.tied {
-        head.push(tensor("lm_head.weight", &[config.vocabulary, config.hidden]));
-    }
-    let blocks = (0..config.blocks).map(|block| block_part(config, block));
-    Layout {
-        parts: core::iter::once(embedding).chain(blocks).chain([part(head)]).collect(),
-    }
-}
-
-fn block_part(config: &Config, block: u32) -> PartLayout {
-    let (hidden, wide) = (config.hidden, config.intermediate);
-    let (queries, keys) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-    let tensors: [(&str, &[usize]); 9] = [
-        ("input_layernorm", &[hidden]),
-        ("self_attn.q_proj", &[queries, hidden]),
-        ("self_attn.k_proj", &[keys, hidden]),
-        ("self_attn.v_proj", &[keys, hidden]),
-        ("self_attn.o_proj", &[hidden, queries]),
-        ("post_attention_layernorm", &[hidden]),
-        ("mlp.gate_proj", &[wide, hidden]),
-        ("mlp.up_proj", &[wide, hidden]),
-        ("mlp.down_proj", &[hidden, wide]),
-    ];
-    let named = |(name, shape): (&str, &[usize])| tensor(&format!("model.layers.{block}.{name}.weight"), shape);
-    part(tensors.into_iter().map(named).collect())
-}
-
-fn part(tensors: Vec<TensorLayout>) -> PartLayout {
-    PartLayout { tensors }
-}
-
-fn tensor(name: &str, shape: &[usize]) -> TensorLayout {
-    TensorLayout {
-        name: name.to_owned(),
-        // A checked configuration has no size beyond 2²⁴.
-        shape: shape
-            .iter()
-            .map(|size| u32::try_from(*size).unwrap_or(u32::MAX))
-            .collect(),
-    }
+    config.layout().clone()
 }
 
 #[cfg(test)]

@@ -1,9 +1,19 @@
-//! The Llama family: what a `config.json` says, which tensors follow from it, and how positions turn.
+//! What a model is: its `config.json` becomes a description of blocks, a layout of tensors, and rotations.
+//!
+//! [`families`] has one file per family; each maps a configuration onto the shared parts of [`describe`].
 
 mod config;
+pub(crate) mod describe;
+mod families;
+pub(crate) mod json;
+mod keys;
 mod layout;
-mod rope;
+mod part;
+mod positions;
+pub(crate) mod routing;
 
-pub use config::{Config, ConfigError, Rope};
+pub(crate) use config::Further;
+pub use config::{Config, ConfigError, Llama};
+pub use families::FAMILIES;
 pub use layout::layout;
-pub use rope::Frequencies;
+pub use positions::{Frequencies, Rope, Rotary};

@@ -23,7 +23,7 @@ pub struct PackedBytes(Source);
 #[derive(Clone)]
 enum Source {
     Mapped { map: Arc<Mmap>, range: Range<usize> }, // The range lies within the map.
-    Owned(Arc<[u8]>),
+    Owned { bytes: Arc<[u8]>, range: Range<usize> }, // As above.
 }
 
 impl PackedBytes {
@@ -32,11 +32,31 @@ impl PackedBytes {
         map.get(range.clone())?;
         Some(Self(Source::Mapped { map, range }))
     }
+
+    /// A part of these bytes, shared; `None` where they do not have it.
+    fn part(&self, part: Range<usize>) -> Option<Self> {
+        self.get(part.clone())?;
+        let within = |range: &Range<usize>| range.start + part.start..range.start + part.end;
+        Some(Self(match &self.0 {
+            Source::Mapped { map, range } => Source::Mapped {
+                map: Arc::clone(map),
+                range: within(range),
+            },
+            Source::Owned { bytes, range } => Source::Owned {
+                bytes: Arc::clone(bytes),
+                range: within(range),
+            },
+        }))
+    }
 }
 
 impl From<Vec<u8>> for PackedBytes {
     fn from(bytes: Vec<u8>) -> Self {
-        Self(Source::Owned(bytes.into()))
+        let range = 0..bytes.len();
+        Self(Source::Owned {
+            bytes: bytes.into(),
+            range,
+        })
     }
 }
 
@@ -46,7 +66,7 @@ impl Deref for PackedBytes {
     fn deref(&self) -> &[u8] {
         match &self.0 {
             Source::Mapped { map, range } => &map[range.clone()],
-            Source::Owned(bytes) => bytes,
+            Source::Owned { bytes, range } => &bytes[range.clone()],
         }
     }
 }
@@ -55,7 +75,7 @@ impl fmt::Debug for PackedBytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let place = match &self.0 {
             Source::Mapped { .. } => "mapped",
-            Source::Owned(_) => "owned",
+            Source::Owned { .. } => "owned",
         };
         write!(f, "PackedBytes({place}, {} bytes)", self.len())
     }
@@ -96,6 +116,21 @@ impl PackedMatrix {
             rows,
             cols,
             row_bytes,
+            bytes,
+        })
+    }
+
+    /// Rows `first .. first + count`, sharing the bytes; `None` where there are not so many.
+    pub fn part(&self, first: usize, count: usize) -> Option<Self> {
+        let end = first.checked_add(count)?;
+        let bytes = self
+            .bytes
+            .part(first.checked_mul(self.row_bytes)?..end.checked_mul(self.row_bytes)?)?;
+        (end <= self.rows).then(|| Self {
+            ty: self.ty,
+            rows: count,
+            cols: self.cols,
+            row_bytes: self.row_bytes,
             bytes,
         })
     }

@@ -1,6 +1,7 @@
 //! Consecutive blocks of a model, loaded for serving: sessions, their caches, and the forward pass.
 
 mod cpu;
+mod further;
 mod weights;
 
 use std::collections::BTreeMap;
@@ -11,9 +12,11 @@ use polder_protocol::work::Weights;
 use thiserror::Error;
 
 use crate::device::Device;
-use crate::model::{Config, ConfigError, layout};
-use crate::weights::WeightsError;
+use crate::model::{Config, ConfigError};
+use crate::weights::{Tensors, WeightsError};
 use cpu::{Engine, Sequence};
+pub(crate) use cpu::{Routing, Trace};
+use further::FurtherWeights;
 use weights::StageWeights;
 
 /// Sessions that one stage keeps at most.
@@ -41,6 +44,8 @@ pub enum StageError {
     Memory { bytes: u64, free: u64 },
     #[error("the session has {reached} positions; none can start at {position}")]
     Gap { position: u32, reached: u32 },
+    #[error("the session's recurrent state goes back to position {earliest}, not to {position}; start again at 0")]
+    Rewind { position: u32, earliest: u32 },
     #[error("{count} positions from {position} exceed the session's {room}")]
     Room { position: u32, count: usize, room: u32 },
     #[error("token {token} is not below {vocabulary}")]
@@ -137,15 +142,36 @@ impl ServeStage {
                 blocks: config.blocks,
             });
         }
-        let read = StageWeights::read(&config, &layout(&config), range, part_files, weights)?;
-        Ok(Self {
+        let read = StageWeights::read(&config, range, part_files, weights)?;
+        Ok(Self::with(config, range, read, device))
+    }
+
+    /// Loads a whole model from its tensors, widened.
+    pub(crate) fn whole(config: Config, tensors: &dyn Tensors, device: &Device) -> Result<Self, StageError> {
+        let range = BlockRange::whole(config.blocks);
+        Self::part(config, range, tensors, device)
+    }
+
+    /// Loads a range of a model, which fits, from its tensors, widened.
+    pub(crate) fn part(
+        config: Config,
+        range: BlockRange,
+        tensors: &dyn Tensors,
+        device: &Device,
+    ) -> Result<Self, StageError> {
+        let read = StageWeights::from_tensors(&config, range, tensors, Weights::F32)?;
+        Ok(Self::with(config, range, read, device))
+    }
+
+    fn with(config: Config, range: BlockRange, read: StageWeights, device: &Device) -> Self {
+        Self {
             engine: Engine::new(config.clone(), range, read),
             config,
             range,
             sessions: BTreeMap::new(),
             cache_bytes: 0,
             cache_bytes_max: device.cache_bytes_max(),
-        })
+        }
     }
 
     /// Bytes that the weights take.
@@ -232,6 +258,18 @@ impl ServeStage {
     ///
     /// [`StageError`]; the cache is as before.
     pub fn forward(&mut self, session: u64, position: u32, input: Input<'_>, want: Want) -> Result<Output, StageError> {
+        self.forward_traced(session, position, input, want, None)
+    }
+
+    /// As [`ServeStage::forward`], telling what happened inside.
+    pub(crate) fn forward_traced(
+        &mut self,
+        session: u64,
+        position: u32,
+        input: Input<'_>,
+        want: Want,
+        trace: Option<&mut Trace>,
+    ) -> Result<Output, StageError> {
         let count = self.check(input)?;
         let state = self
             .sessions
@@ -251,12 +289,41 @@ impl ServeStage {
                 room: state.room,
             });
         };
+        let earliest = state.sequence.earliest() as u32; // Within `room`.
+        if position != 0 && position < earliest {
+            return Err(StageError::Rewind { position, earliest });
+        }
         state.reached = end;
         let (engine, sequence) = (&self.engine, &mut state.sequence);
         // In a thread of the pool, so that each product need not enter it anew.
         Ok(rayon::scope(|_| {
-            engine.forward(sequence, position as usize, input, want)
+            engine.forward(sequence, position as usize, input, want, trace)
         }))
+    }
+
+    /// The final norm of activations, at a stage with the head.
+    pub(crate) fn final_norm(&self, x: &[f32]) -> Option<Vec<f32>> {
+        self.engine.final_norm(x)
+    }
+
+    /// The embeddings of tokens, at a stage with them.
+    pub(crate) fn embed(&self, tokens: &[u32]) -> Vec<f32> {
+        self.engine.embed(tokens)
+    }
+
+    /// Logits of the token after the next, by the model's module for it in `tensors`: from final-normed activations
+    /// `[seq, hidden]` of positions `0 ..`, and the token that follows each. `None` where there is no such module.
+    pub(crate) fn further(
+        &self,
+        tensors: &dyn Tensors,
+        normed: &[f32],
+        next: &[u32],
+    ) -> Result<Option<Vec<f32>>, StageError> {
+        let Some(further) = &self.config.further else {
+            return Ok(None);
+        };
+        let weights = FurtherWeights::read(further, tensors, Weights::F32)?;
+        Ok(self.engine.further(&weights, normed, next))
     }
 
     /// The number of positions of a valid input.
@@ -299,8 +366,6 @@ impl ServeStage {
 
     /// Bytes of a cache for so many tokens.
     pub fn session_bytes(&self, context_tokens_max: u32) -> u64 {
-        let blocks = u64::from(self.range.end - self.range.first);
-        let width = (self.config.kv_heads * self.config.head_dim) as u64;
-        u64::from(context_tokens_max).next_multiple_of(16) * blocks * width * 2 * 4
+        self.engine.sequence_bytes(u64::from(context_tokens_max))
     }
 }

@@ -2,14 +2,18 @@
 
 use std::path::Path;
 
-use polder_protocol::layout::{BlockRange, Layout, PartLayout, TensorLayout};
+use polder_protocol::layout::{BlockRange, PartLayout, TensorLayout};
 use polder_protocol::work::Weights;
 
 use super::StageError;
-use super::cpu::Matrix;
-use crate::model::Config;
+use super::cpu::{
+    Dense, ExpertWeights, GroupedWeights, LatentWeights, LoadedMixer, LoadedNorm, LoadedSublayer, MambaWeights, Matrix,
+    MlpWeights,
+};
+use crate::model::describe::{Block, Linear, Mixer, Norm, Slot};
+use crate::model::{Config, layout};
 use crate::quant::PackedMatrix;
-use crate::weights::PartFile;
+use crate::weights::{PartFile, Tensors};
 
 /// What a stage holds.
 #[derive(Debug)]
@@ -17,29 +21,16 @@ pub(super) struct StageWeights {
     /// Present at the first stage, and at the last one of a model whose projection is its embedding.
     pub(super) embedding: Option<Matrix>,
     /// In order.
-    pub(super) blocks: Vec<BlockWeights>,
+    pub(super) blocks: Vec<Vec<LoadedSublayer>>,
     /// Present at the last stage.
     pub(super) head: Option<HeadWeights>,
-}
-
-/// One block.
-#[derive(Debug)]
-pub(super) struct BlockWeights {
-    pub(super) attention_norm: Vec<f32>,
-    pub(super) q: Matrix,
-    pub(super) k: Matrix,
-    pub(super) v: Matrix,
-    pub(super) o: Matrix,
-    pub(super) mlp_norm: Vec<f32>,
-    pub(super) gate: Matrix,
-    pub(super) up: Matrix,
-    pub(super) down: Matrix,
+    bytes: u64,
 }
 
 /// The final norm and the projection.
 #[derive(Debug)]
 pub(super) struct HeadWeights {
-    pub(super) norm: Vec<f32>,
+    pub(super) norm: LoadedNorm,
     /// `None` where it is the embedding.
     pub(super) projection: Option<Matrix>,
 }
@@ -51,14 +42,12 @@ impl StageWeights {
     /// file as `lm_head.weight`, or in the embedding's file, given after its own.
     pub(super) fn read<P: AsRef<Path>>(
         config: &Config,
-        layout: &Layout,
         range: BlockRange,
         files: &[P],
         form: Weights,
     ) -> Result<Self, StageError> {
         let mut parts: Vec<u32> = range.parts(config.blocks).collect();
-        let borrows = config.tied && range.has_head(config.blocks) && !range.has_embedding();
-        if borrows && files.len() == parts.len() + 1 {
+        if borrows(config, range) && files.len() == parts.len() + 1 {
             parts.push(0);
         }
         if files.len() != parts.len() {
@@ -67,94 +56,140 @@ impl StageWeights {
                 found: files.len(),
             });
         }
+        let open = |file: &P| PartFile::open(file.as_ref()).map_err(StageError::part);
+        let files = files.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let sources = files.iter().map(|file| file as &dyn Tensors);
+        Self::from_sources(config, range, &parts.into_iter().zip(sources).collect::<Vec<_>>(), form)
+    }
+
+    /// Reads the parts of `range` from one source of all tensors.
+    pub(super) fn from_tensors(
+        config: &Config,
+        range: BlockRange,
+        tensors: &dyn Tensors,
+        form: Weights,
+    ) -> Result<Self, StageError> {
+        let borrowed = borrows(config, range).then_some(0);
+        let parts = range.parts(config.blocks).chain(borrowed);
+        Self::from_sources(
+            config,
+            range,
+            &parts.map(|part| (part, tensors)).collect::<Vec<_>>(),
+            form,
+        )
+    }
+
+    fn from_sources(
+        config: &Config,
+        range: BlockRange,
+        sources: &[(u32, &dyn Tensors)],
+        form: Weights,
+    ) -> Result<Self, StageError> {
+        let layout = layout(config);
         let mut weights = Self {
             embedding: None,
             blocks: Vec::new(),
             head: None,
+            bytes: 0,
         };
-        for (part, file) in parts.iter().zip(files) {
-            let Some(tensors) = layout.parts.get(*part as usize) else {
+        for (part, tensors) in sources {
+            let Some(own) = layout.parts.get(*part as usize) else {
                 continue; // The range fits the model, so its parts are there.
             };
-            let mut reader = PartReader::open(file.as_ref(), tensors, form)?;
+            let reader = PartReader::new(own, *tensors, form);
             if *part == 0 {
-                weights.embedding = Some(reader.matrix()?);
-            } else if *part <= config.blocks {
-                weights.blocks.push(reader.block()?);
+                weights.embedding = Some(reader.matrix(Slot(0))?);
+            } else if let Some(block) = config.description.get(*part as usize - 1) {
+                weights.blocks.push(reader.block(block)?);
             } else {
-                let norm = reader.vector()?;
-                let projection = match config.tied {
-                    false => Some(reader.matrix()?),
-                    true if borrows && !parts.contains(&0) => Some(reader.borrowed(config)?),
-                    true => None,
+                let projection = match &config.head.projection {
+                    Some(linear) => Some(reader.dense(linear)?.weight),
+                    None if borrows(config, range) && !sources.iter().any(|(part, _)| *part == 0) => {
+                        Some(reader.borrowed(config)?)
+                    }
+                    None => None,
                 };
-                weights.head = Some(HeadWeights { norm, projection });
+                weights.head = Some(HeadWeights {
+                    norm: reader.norm(&config.head.norm)?,
+                    projection,
+                });
             }
         }
+        let matrices = weights.embedding.iter();
+        let head = weights.head.iter().filter_map(|head| head.projection.as_ref());
+        let blocks = weights.blocks.iter().flatten().map(|sublayer| sublayer.mixer.bytes());
+        weights.bytes = matrices.chain(head).map(Matrix::bytes).chain(blocks).sum();
         Ok(weights)
     }
 
     /// Bytes that the matrices take.
-    pub(super) fn bytes(&self) -> u64 {
-        let blocks = self.blocks.iter().flat_map(|block| {
-            [
-                &block.q,
-                &block.k,
-                &block.v,
-                &block.o,
-                &block.gate,
-                &block.up,
-                &block.down,
-            ]
-        });
-        let head = self.head.iter().filter_map(|head| head.projection.as_ref());
-        blocks.chain(&self.embedding).chain(head).map(Matrix::bytes).sum()
+    pub(super) const fn bytes(&self) -> u64 {
+        self.bytes
     }
 }
 
-/// One part file, and the tensors that it must hold, in order.
-struct PartReader<'a> {
-    file: PartFile,
-    tensors: std::slice::Iter<'a, TensorLayout>,
+/// Whether a stage needs the embedding for its projection alone.
+fn borrows(config: &Config, range: BlockRange) -> bool {
+    config.tied && range.has_head(config.blocks) && !range.has_embedding()
+}
+
+/// One part's tensors, asked for by their place in its layout.
+pub(super) struct PartReader<'a> {
+    layout: &'a PartLayout,
+    tensors: &'a dyn Tensors,
     form: Weights,
 }
 
 impl<'a> PartReader<'a> {
-    fn open(file: &Path, part: &'a PartLayout, form: Weights) -> Result<Self, StageError> {
-        Ok(Self {
-            file: PartFile::open(file).map_err(StageError::part)?,
-            tensors: part.tensors.iter(),
-            form,
+    pub(super) fn new(layout: &'a PartLayout, tensors: &'a dyn Tensors, form: Weights) -> Self {
+        Self { layout, tensors, form }
+    }
+
+    pub(super) fn block(&self, block: &Block) -> Result<Vec<LoadedSublayer>, StageError> {
+        let sublayers = block.0.iter().map(|sublayer| {
+            Ok(LoadedSublayer {
+                norm: self.norm(&sublayer.norm)?,
+                mixer: self.mixer(&sublayer.mixer)?,
+                after: sublayer.after.as_ref().map(|norm| self.norm(norm)).transpose()?,
+            })
+        });
+        sublayers.collect()
+    }
+
+    fn mixer(&self, mixer: &Mixer) -> Result<LoadedMixer, StageError> {
+        Ok(match mixer {
+            Mixer::Attention(shape) => LoadedMixer::Attention(Box::new(GroupedWeights::read(self, shape)?)),
+            Mixer::Latent(shape) => LoadedMixer::Latent(Box::new(LatentWeights::read(self, shape)?)),
+            Mixer::Mlp(shape) => LoadedMixer::Mlp(Box::new(MlpWeights::read(self, shape)?)),
+            Mixer::Experts(shape) => LoadedMixer::Experts(Box::new(ExpertWeights::read(self, shape)?)),
+            Mixer::Mamba(shape) => LoadedMixer::Mamba(Box::new(MambaWeights::read(self, shape)?)),
         })
     }
 
-    fn wrong(&self, name: &str, reason: String) -> StageError {
-        StageError::Part {
-            reason: format!("{}: `{name}` {reason}", self.file.path().display()),
-        }
-    }
-
-    fn block(&mut self) -> Result<BlockWeights, StageError> {
-        Ok(BlockWeights {
-            attention_norm: self.vector()?,
-            q: self.matrix()?,
-            k: self.matrix()?,
-            v: self.matrix()?,
-            o: self.matrix()?,
-            mlp_norm: self.vector()?,
-            gate: self.matrix()?,
-            up: self.matrix()?,
-            down: self.matrix()?,
+    pub(super) fn dense(&self, linear: &Linear) -> Result<Dense, StageError> {
+        Ok(Dense {
+            weight: self.in_form(self.rows(linear)?),
+            bias: linear.bias.map(|bias| self.vector(bias)).transpose()?,
         })
     }
 
-    fn vector(&mut self) -> Result<Vec<f32>, StageError> {
-        Ok(self.next()?.widen())
+    /// A layer's weight in f32, `[rows, cols]`.
+    pub(super) fn widened(&self, linear: &Linear) -> Result<Vec<f32>, StageError> {
+        Ok(self.rows(linear)?.widen())
     }
 
-    fn matrix(&mut self) -> Result<Matrix, StageError> {
-        let packed = self.next()?;
-        Ok(self.in_form(packed))
+    pub(super) fn norm(&self, norm: &Norm) -> Result<LoadedNorm, StageError> {
+        let bias = norm.bias.map(|bias| self.vector(bias)).transpose()?;
+        Ok(LoadedNorm::new(norm.kind, self.vector(norm.gain)?, bias))
+    }
+
+    /// All elements of a tensor, in f32.
+    pub(super) fn vector(&self, slot: Slot) -> Result<Vec<f32>, StageError> {
+        Ok(self.packed(slot)?.widen())
+    }
+
+    pub(super) fn matrix(&self, slot: Slot) -> Result<Matrix, StageError> {
+        Ok(self.in_form(self.packed(slot)?))
     }
 
     /// The embedding, kept in the head's file for a stage that holds the head alone.
@@ -174,17 +209,32 @@ impl<'a> PartReader<'a> {
         }
     }
 
-    /// The next tensor of the layout.
-    fn next(&mut self) -> Result<PackedMatrix, StageError> {
-        match self.tensors.next() {
+    fn rows(&self, linear: &Linear) -> Result<PackedMatrix, StageError> {
+        let whole = self.packed(linear.weight)?;
+        if linear.first_row == 0 && whole.rows() == linear.rows {
+            return Ok(whole);
+        }
+        let part = whole.part(linear.first_row, linear.rows);
+        part.ok_or_else(|| StageError::Part {
+            reason: "lacks the rows of an expert".to_owned(),
+        })
+    }
+
+    fn packed(&self, slot: Slot) -> Result<PackedMatrix, StageError> {
+        match self.layout.tensors.get(slot.0) {
             Some(layout) => self.read(layout),
-            None => Err(self.wrong("", "is beyond the part's layout".to_owned())),
+            None => Err(StageError::Part {
+                reason: "is asked for a tensor beyond its layout".to_owned(),
+            }),
         }
     }
 
     /// A tensor, checked against its layout; a vector is one row.
     fn read(&self, layout: &TensorLayout) -> Result<PackedMatrix, StageError> {
-        let source = self.file.tensor(&layout.name).map_err(StageError::part)?;
+        let source = self.tensors.tensor(&layout.name).map_err(StageError::part)?;
+        let wrong = |reason: String| StageError::Part {
+            reason: format!("{}: `{}` {reason}", self.tensors.place().display(), layout.name),
+        };
         let same = source.shape.len() == layout.shape.len()
             && source
                 .shape
@@ -193,13 +243,10 @@ impl<'a> PartReader<'a> {
                 .all(|(found, asked)| *found == *asked as usize);
         if !same {
             let (found, asked) = (&source.shape, &layout.shape);
-            return Err(self.wrong(
-                &layout.name,
-                format!("has shape {found:?}, and the configuration asks for {asked:?}"),
-            ));
+            return Err(wrong(format!(
+                "has shape {found:?}, and the configuration asks for {asked:?}"
+            )));
         }
-        source
-            .packed()
-            .map_err(|error| self.wrong(&layout.name, error.to_string()))
+        source.packed().map_err(|error| wrong(error.to_string()))
     }
 }

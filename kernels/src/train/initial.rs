@@ -5,8 +5,9 @@ use polder_protocol::rng::Random;
 
 use crate::model::{Config, ConfigError, layout};
 
-/// The layout of a model and its first parameters per part: gains are one, weights normal with the configuration's
-/// `initializer_range`, and those that write to the residual stream smaller by √(2 · blocks), so that it keeps its scale.
+/// The layout of a model and its first parameters per part: gains are one and biases zero, weights normal with the
+/// configuration's `initializer_range`, and those that write to the residual stream smaller by √(2 · blocks), so that it
+/// keeps its scale. Parameters of activations and recurrences begin where their authors let them begin.
 ///
 /// The numbers follow from `seed`; they are shipped as data, since logarithm and cosine may differ between machines.
 ///
@@ -21,11 +22,11 @@ pub fn initial_parameters(config_json: &str, seed: u64) -> Result<(Layout, Vec<V
         let mut values = Vec::with_capacity(part.elements().unwrap_or(0));
         for (tensor, place) in part.tensors.iter().zip(0u64..) {
             let elements = tensor.elements().unwrap_or(0);
-            if tensor.shape.len() == 1 {
-                values.extend(std::iter::repeat_n(1.0f32, elements));
+            if tensor.shape.len() < 2 {
+                values.extend((0..elements).map(|at| of_vector(&config, &tensor.name, at, elements)));
                 continue;
             }
-            let writes = tensor.name.contains(".o_proj.") || tensor.name.contains(".down_proj.");
+            let writes = WRITERS.iter().any(|writer| tensor.name.contains(writer));
             let deviation = if writes {
                 narrowed
             } else {
@@ -38,6 +39,27 @@ pub fn initial_parameters(config_json: &str, seed: u64) -> Result<(Layout, Vec<V
     });
     let parts = parts.collect();
     Ok((layout, parts))
+}
+
+/// In the names of weights that write to the residual stream.
+const WRITERS: [&str; 4] = [".o_proj.", ".down_proj", ".out_proj.", ".w2."];
+
+/// Element `at` of `elements` of a vector.
+fn of_vector(config: &Config, name: &str, at: usize, elements: usize) -> f32 {
+    let last = name.rsplit('.').next().unwrap_or(name);
+    let inverse_softplus = |x: f64| x.exp_m1().ln() as f32;
+    match last {
+        "bias" | "e_score_correction_bias" => 0.0,
+        "alpha_p" => inverse_softplus(0.8),
+        "alpha_n" => inverse_softplus(0.8 - 0.5),
+        "beta" => 0.5,
+        "eps" => -1e-6,
+        "A_log" => ((at + 1) as f64).ln() as f32,
+        // Time steps from a thousandth to a tenth.
+        "dt_bias" => inverse_softplus(1e-3 * 100f64.powf(at as f64 / elements.max(2) as f64)),
+        "weight" if config.head.norm.kind.plus_one => 0.0,
+        _ => 1.0,
+    }
 }
 
 /// A normal number by Box and Muller's rule.

@@ -1,10 +1,16 @@
 //! Consecutive blocks of a model, loaded for training: forward, backward, inner optimiser, held-out scores.
 
+mod ademamix;
+mod balance;
 mod data;
 mod files;
+mod goldfish;
 mod graph;
 mod initial;
+mod muon;
 mod optimiser;
+#[cfg(test)]
+mod rules;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,11 +22,15 @@ use thiserror::Error;
 
 use crate::device::Device;
 use crate::model::{Config, ConfigError, layout};
-use graph::{Leaf, Leaves, Positions};
+use graph::{Leaf, Leaves, Loads, Positions};
 use optimiser::{Moments, Step, square_sum};
 
+pub use ademamix::{AdEmaMix, AdEmaMixState};
+pub use balance::{BALANCE_RATE, balance};
 pub use data::TrainData;
+pub use goldfish::Goldfish;
 pub use initial::initial_parameters;
+pub use muon::Muon;
 pub use optimiser::learning_rate;
 
 /// Micro-batches of one step whose graphs a stage keeps at most.
@@ -121,6 +131,8 @@ pub struct TrainStage {
     gradients: Option<Vec<Vec<f32>>>,
     leaves: Option<Leaves>, // `None` once parameters have changed.
     positions: Option<Positions>,
+    /// How often each expert was chosen since the last step, where a correction balances them.
+    loads: Loads,
     kept: BTreeMap<u32, Kept>, // At most `MICRO_BATCHES_KEPT_MAX`.
 }
 
@@ -180,6 +192,7 @@ impl TrainStage {
             gradients: None,
             leaves: None,
             positions: None,
+            loads: Loads::new(),
             kept: BTreeMap::new(),
         })
     }
@@ -305,7 +318,7 @@ impl TrainStage {
         };
         self.leaves = Some(leaves.clone());
         let (x, leaf) = match &checked.inputs {
-            Some(tokens) => (embedded(&leaves, tokens, &tracked)?, None),
+            Some(tokens) => (embedded(&self.config, &leaves, tokens, &tracked)?, None),
             None => {
                 let data = TensorData::new(input.hidden.to_vec(), [checked.rows, self.config.hidden]);
                 let leaf = Tensor::<2>::from_data(data, &tracked).require_grad();
@@ -313,7 +326,7 @@ impl TrainStage {
             }
         };
         let positions = self.positions(input.seq as usize, &tracked);
-        let output = graph::blocks(&self.config, self.range, &leaves, &positions, x);
+        let output = graph::blocks(&self.config, self.range, &leaves, &positions, x, &mut self.loads)?;
         if !has_head {
             let values = numbers(output.clone().inner())?;
             let kept = Kept {
@@ -418,13 +431,37 @@ impl TrainStage {
             let mut start = 0;
             for tensor in &layout.tensors {
                 let end = start + tensor.elements().unwrap_or(0);
-                step.apply(parameters, gradient, moments, start..end, tensor.shape.len() == 2);
+                // Matrices decay; gains, biases and the taps of convolutions do not.
+                let decayed = tensor.shape.len() >= 2 && !tensor.name.ends_with(".conv1d.weight");
+                step.apply(parameters, gradient, moments, start..end, decayed);
                 start = end;
             }
         }
+        self.balance_experts();
         self.leaves = None;
         self.kept.clear();
         Ok(())
+    }
+
+    /// Moves the corrections of routers against the loads that they met.
+    fn balance_experts(&mut self) {
+        let first = self.range.parts(self.config.blocks).start as usize;
+        for ((part, slot), load) in std::mem::take(&mut self.loads) {
+            let Some(layout) = self.layout.parts.get(first + part) else {
+                continue;
+            };
+            let before = layout
+                .tensors
+                .iter()
+                .take(slot)
+                .map(|tensor| tensor.elements().unwrap_or(0))
+                .sum();
+            let own = self
+                .parameters
+                .get_mut(part)
+                .and_then(|values| values.get_mut(before..));
+            balance(own.unwrap_or_default(), &load, BALANCE_RATE);
+        }
     }
 
     /// Bits per byte of a text with a stage that holds the whole model.
@@ -459,9 +496,9 @@ impl TrainStage {
         let mut nats = 0.0;
         for (at, rows, seq) in batches {
             let device = self.device.clone();
-            let x = embedded(&leaves, &stream[at..at + rows], &device)?;
+            let x = embedded(&self.config, &leaves, &stream[at..at + rows], &device)?;
             let positions = Positions::new(&self.config, seq, &device);
-            let x = graph::blocks(&self.config, self.range, &leaves, &positions, x);
+            let x = graph::blocks(&self.config, self.range, &leaves, &positions, x, &mut Loads::new())?;
             let logits = graph::logits(&self.config, &leaves, x).ok_or(TrainError::Kind { takes: "a head" })?;
             let losses = numbers(graph::losses(logits, &stream[at + 1..at + rows + 1], &device))?;
             nats += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
@@ -472,6 +509,7 @@ impl TrainStage {
     fn forget(&mut self) {
         self.leaves = None;
         self.gradients = None;
+        self.loads.clear();
         self.kept.clear();
     }
 
@@ -583,8 +621,13 @@ struct Checked {
     rows: usize,
 }
 
-fn embedded(leaves: &Leaves, tokens: &[u32], device: &burn::tensor::Device) -> Result<Tensor<2>, TrainError> {
-    graph::embed(leaves, tokens, device).ok_or(TrainError::Kind { takes: "activations" })
+fn embedded(
+    config: &Config,
+    leaves: &Leaves,
+    tokens: &[u32],
+    device: &burn::tensor::Device,
+) -> Result<Tensor<2>, TrainError> {
+    graph::embed(config, leaves, tokens, device).ok_or(TrainError::Kind { takes: "activations" })
 }
 
 fn numbers<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, TrainError> {

@@ -91,25 +91,11 @@ pub(super) fn square_sum(values: &[f32]) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::rules::{row, rule};
     use super::*;
-    use serde_json::Value;
-
-    fn rules() -> Value {
-        serde_json::from_str(include_str!("../../tests/golden/training_rules.json")).unwrap()
-    }
-
-    fn row(value: &Value) -> Vec<f32> {
-        value
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|value| value.as_f64().unwrap() as f32)
-            .collect()
-    }
-
     #[test]
     fn adamw_meets_pytorch() {
-        let rule = &rules()["adamw"];
+        let rule = rule("adamw");
         let number = |name: &str| rule[name].as_f64().unwrap() as f32;
         let mut parameters = row(&rule["p0"]);
         let mut moments = Moments::new(parameters.len());
@@ -138,7 +124,7 @@ mod tests {
 
     #[test]
     fn the_rate_rises_holds_and_falls_to_zero() {
-        let rule = &rules()["wsd"];
+        let rule = rule("wsd");
         let (peak, low) = (rule["lr"].as_f64().unwrap(), rule["min_lr"].as_f64().unwrap());
         let inner = crate::train::tests::inner(peak as f32, 5, 333_334);
         for (step, right) in row(&rule["lr_at_step_1_to_total"]).into_iter().enumerate() {

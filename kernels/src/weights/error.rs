@@ -42,7 +42,7 @@ pub enum WeightsError {
         #[source]
         source: ConfigError,
     },
-    #[error("{}: architecture `{architecture}` is not implemented; implemented: llama", path.display())]
+    #[error("{}: architecture `{architecture}` is not implemented; implemented: llama, qwen2, qwen3", path.display())]
     Architecture { path: PathBuf, architecture: String },
     #[error("{}: {feature} is not implemented", path.display())]
     Feature { path: PathBuf, feature: String },
@@ -84,7 +84,7 @@ impl WeightsError {
     }
 
     /// For `map_err`: which tensor of which file.
-    pub(super) fn quant(path: &Path, tensor: &str) -> impl FnOnce(QuantError) -> Self {
+    pub(crate) fn quant(path: &Path, tensor: &str) -> impl FnOnce(QuantError) -> Self {
         let (path, tensor) = (path.to_owned(), tensor.to_owned());
         move |source| Self::Quant { path, tensor, source }
     }

@@ -1,4 +1,4 @@
-//! A Llama in a GGUF file, as its Hugging Face folder would have it: names, row order, configuration.
+//! A Llama, Mistral or Qwen in a GGUF file, as its Hugging Face folder would have it: names, row order, configuration.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -22,8 +22,11 @@ pub(super) fn open(path: &Path) -> Result<ModelSource, WeightsError> {
         end_tokens,
         begin_token,
     } = gguf_tokenizer::build(&file)?;
-    let heads = file.required_whole("llama.attention.head_count")?;
-    let kv_heads = file.whole("llama.attention.head_count_kv")?.unwrap_or(heads);
+    let architecture = file.architecture()?;
+    let heads = file.required_whole(&architecture.key("attention.head_count"))?;
+    let kv_heads = file
+        .whole(&architecture.key("attention.head_count_kv"))?
+        .unwrap_or(heads);
     let names = file.names()?;
     Ok(ModelSource {
         name: model_name(path),
@@ -36,10 +39,48 @@ pub(super) fn open(path: &Path) -> Result<ModelSource, WeightsError> {
         tensors: Box::new(GgufTensors {
             file,
             names,
-            heads,
-            kv_heads,
+            moved: architecture.rows_moved.then_some((heads, kv_heads)),
         }),
     })
+}
+
+/// An architecture of GGUF files, and the family that it is.
+#[derive(Debug, Clone, Copy)]
+struct Architecture {
+    /// In `general.architecture`, and before the keys of the metadata.
+    name: &'static str,
+    family: &'static str,
+    class: &'static str,
+    /// Whether rows of queries and keys stand in an order of their own.
+    rows_moved: bool,
+}
+
+/// Those that are read. Mistral's files call themselves llama.
+const ARCHITECTURES: [Architecture; 3] = [
+    Architecture {
+        name: "llama",
+        family: "llama",
+        class: "LlamaForCausalLM",
+        rows_moved: true,
+    },
+    Architecture {
+        name: "qwen2",
+        family: "qwen2",
+        class: "Qwen2ForCausalLM",
+        rows_moved: false,
+    },
+    Architecture {
+        name: "qwen3",
+        family: "qwen3",
+        class: "Qwen3ForCausalLM",
+        rows_moved: false,
+    },
+];
+
+impl Architecture {
+    fn key(&self, name: &str) -> String {
+        format!("{}.{name}", self.name)
+    }
 }
 
 /// A mapped GGUF file.
@@ -99,55 +140,67 @@ impl GgufFile {
         self.whole(key)?.ok_or_else(|| self.missing(key))
     }
 
+    fn architecture(&self) -> Result<Architecture, WeightsError> {
+        let name = self.text("general.architecture")?;
+        let name = name.ok_or_else(|| self.missing("general.architecture"))?;
+        let known = ARCHITECTURES.iter().find(|known| known.name == name);
+        known.copied().ok_or_else(|| WeightsError::Architecture {
+            path: self.path.clone(),
+            architecture: name.chars().take(64).collect(),
+        })
+    }
+
     /// The `config.json` that the metadata describes.
     pub(super) fn config(&self) -> Result<Value, WeightsError> {
-        let architecture = self.text("general.architecture")?;
-        let architecture = architecture.ok_or_else(|| self.missing("general.architecture"))?;
-        if architecture != "llama" {
-            return Err(WeightsError::Architecture {
-                path: self.path.clone(),
-                architecture: architecture.chars().take(64).collect(),
-            });
+        let architecture = self.architecture()?;
+        let key = |name: &str| architecture.key(name);
+        for feature in [
+            "expert_count",
+            "attention.sliding_window",
+            "attention.temperature_scale",
+        ] {
+            if self.number(&key(feature))?.unwrap_or(0.0) > 0.0 {
+                return Err(self.feature(format!("`{}`", key(feature))));
+            }
         }
-        if self.whole("llama.expert_count")?.unwrap_or(0) > 0 {
-            return Err(self.feature("a mixture of experts (`llama.expert_count`)"));
-        }
-        let hidden = self.required_whole("llama.embedding_length")?;
-        let heads = self.required_whole("llama.attention.head_count")?;
-        let context = self.required_whole("llama.context_length")?;
+        let hidden = self.required_whole(&key("embedding_length"))?;
+        let heads = self.required_whole(&key("attention.head_count"))?;
+        let context = self.required_whole(&key("context_length"))?;
         let from_heads = hidden.checked_div(heads);
-        let head_dim = self.whole("llama.attention.key_length")?.or(from_heads);
-        let head_dim = head_dim.ok_or_else(|| self.missing("llama.attention.key_length"))?;
-        let values = self.whole("llama.attention.value_length")?.unwrap_or(head_dim);
-        let rotated = self.whole("llama.rope.dimension_count")?.unwrap_or(head_dim);
+        let head_dim = self.whole(&key("attention.key_length"))?.or(from_heads);
+        let head_dim = head_dim.ok_or_else(|| self.missing(&key("attention.key_length")))?;
+        let values = self.whole(&key("attention.value_length"))?.unwrap_or(head_dim);
+        let rotated = self.whole(&key("rope.dimension_count"))?.unwrap_or(head_dim);
         if values != head_dim || rotated != head_dim {
             return Err(self.feature(format!(
                 "heads of {head_dim} with values of {values} and {rotated} rotated dimensions"
             )));
         }
-        let embedding = self.header.tensors().get("token_embd.weight");
+        let tensors = self.header.tensors();
+        let embedding = tensors.get("token_embd.weight");
         let embedding = embedding.ok_or_else(|| WeightsError::MissingTensor {
             path: self.path.clone(),
             tensor: "token_embd.weight".to_owned(),
         })?;
-        let theta = self.number("llama.rope.freq_base")?.unwrap_or(10_000.0);
+        let theta = self.number(&key("rope.freq_base"))?.unwrap_or(10_000.0);
         let mut config = json!({
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [architecture.class],
+            "model_type": architecture.family,
             "hidden_size": hidden,
-            "intermediate_size": self.required_whole("llama.feed_forward_length")?,
-            "num_hidden_layers": self.required_whole("llama.block_count")?,
+            "intermediate_size": self.required_whole(&key("feed_forward_length"))?,
+            "num_hidden_layers": self.required_whole(&key("block_count"))?,
             "num_attention_heads": heads,
-            "num_key_value_heads": self.whole("llama.attention.head_count_kv")?.unwrap_or(heads),
+            "num_key_value_heads": self.whole(&key("attention.head_count_kv"))?.unwrap_or(heads),
             "head_dim": head_dim,
             "hidden_act": "silu",
-            "attention_bias": false,
-            "mlp_bias": false,
-            "rms_norm_eps": self.number("llama.attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5),
+            "attention_bias": architecture.family != "qwen2" && tensors.contains_key("blk.0.attn_q.bias"),
+            "mlp_bias": tensors.contains_key("blk.0.ffn_gate.bias"),
+            "rms_norm_eps": self.number(&key("attention.layer_norm_rms_epsilon"))?.unwrap_or(1e-5),
             "rope_theta": theta,
             "max_position_embeddings": context,
+            "sliding_window": null,
             "vocab_size": embedding.shape.first(),
-            "tie_word_embeddings": !self.header.tensors().contains_key("output.weight"),
+            "tie_word_embeddings": !tensors.contains_key("output.weight"),
         });
         for (key, name) in [
             ("bos_token_id", "tokenizer.ggml.bos_token_id"),
@@ -157,13 +210,20 @@ impl GgufFile {
                 config[key] = json!(token);
             }
         }
-        if let Some(scaling) = self.rope_scaling(head_dim, theta, context)? {
+        if let Some(scaling) = self.rope_scaling(architecture, head_dim, theta, context)? {
             config["rope_scaling"] = scaling;
         }
         Ok(config)
     }
 
-    fn rope_scaling(&self, head_dim: u64, theta: f64, context: u64) -> Result<Option<Value>, WeightsError> {
+    fn rope_scaling(
+        &self,
+        architecture: Architecture,
+        head_dim: u64,
+        theta: f64,
+        context: u64,
+    ) -> Result<Option<Value>, WeightsError> {
+        let key = |name: &str| architecture.key(name);
         if let Some(factors) = self.header.tensors().get("rope_freqs.weight") {
             let bytes = PackedBytes::mapped(Arc::clone(&self.map), factors.range.clone());
             let tensor = bytes.map(|bytes| TensorSource {
@@ -176,16 +236,16 @@ impl GgufFile {
                 .map(Some)
                 .ok_or_else(|| self.feature("`rope_freqs.weight` that are not Llama 3.1's"));
         }
-        let Some(kind) = self.text("llama.rope.scaling.type")? else {
+        let Some(kind) = self.text(&key("rope.scaling.type"))? else {
             return Ok(None);
         };
-        let factor = self.number("llama.rope.scaling.factor")?.unwrap_or(1.0);
+        let factor = self.number(&key("rope.scaling.factor"))?.unwrap_or(1.0);
         match kind {
             "none" => Ok(None),
             "linear" => Ok(Some(json!({"rope_type": "linear", "factor": factor}))),
             "yarn" => {
                 let original = self
-                    .whole("llama.rope.scaling.original_context_length")?
+                    .whole(&key("rope.scaling.original_context_length"))?
                     .unwrap_or(context);
                 Ok(Some(json!({
                     "rope_type": "yarn",
@@ -223,8 +283,8 @@ fn at(path: &Path) -> impl FnOnce(GgufError) -> WeightsError {
 struct GgufTensors {
     file: GgufFile,
     names: BTreeMap<String, String>,
-    heads: u64,
-    kv_heads: u64,
+    /// Heads of queries and of keys, where their rows stand in GGUF's own order.
+    moved: Option<(u64, u64)>,
 }
 
 impl Tensors for GgufTensors {
@@ -240,9 +300,14 @@ impl Tensors for GgufTensors {
         let ggml = self.names.get(name).ok_or_else(missing)?;
         let entry = self.file.header.tensors().get(ggml).ok_or_else(missing)?;
         let bytes = PackedBytes::mapped(Arc::clone(&self.file.map), entry.range.clone()).ok_or_else(missing)?;
-        let heads = match name {
-            _ if name.ends_with("q_proj.weight") => Some(self.heads),
-            _ if name.ends_with("k_proj.weight") => Some(self.kv_heads),
+        let of = |which: &str| {
+            [".weight", ".bias"]
+                .iter()
+                .any(|end| name.ends_with(&format!("{which}_proj{end}")))
+        };
+        let heads = match self.moved {
+            Some((heads, _)) if of("q") => Some(heads),
+            Some((_, kv_heads)) if of("k") => Some(kv_heads),
             _ => None,
         };
         let bytes = match heads {
@@ -264,6 +329,10 @@ impl Tensors for GgufTensors {
             shape: entry.shape.clone(),
             bytes,
         })
+    }
+
+    fn place(&self) -> &Path {
+        &self.file.path
     }
 }
 
@@ -296,19 +365,25 @@ fn hugging_face_name(ggml: &str) -> Option<String> {
     }
     let (block, name) = ggml.strip_prefix("blk.")?.split_once('.')?;
     let block: u32 = block.parse().ok()?;
+    let (name, kind) = name.rsplit_once('.')?;
+    if !["weight", "bias"].contains(&kind) {
+        return None;
+    }
     let name = match name {
-        "attn_norm.weight" => "input_layernorm.weight",
-        "attn_q.weight" => "self_attn.q_proj.weight",
-        "attn_k.weight" => "self_attn.k_proj.weight",
-        "attn_v.weight" => "self_attn.v_proj.weight",
-        "attn_output.weight" => "self_attn.o_proj.weight",
-        "ffn_norm.weight" => "post_attention_layernorm.weight",
-        "ffn_gate.weight" => "mlp.gate_proj.weight",
-        "ffn_up.weight" => "mlp.up_proj.weight",
-        "ffn_down.weight" => "mlp.down_proj.weight",
+        "attn_norm" => "input_layernorm",
+        "attn_q" => "self_attn.q_proj",
+        "attn_k" => "self_attn.k_proj",
+        "attn_v" => "self_attn.v_proj",
+        "attn_output" => "self_attn.o_proj",
+        "attn_q_norm" => "self_attn.q_norm",
+        "attn_k_norm" => "self_attn.k_norm",
+        "ffn_norm" => "post_attention_layernorm",
+        "ffn_gate" => "mlp.gate_proj",
+        "ffn_up" => "mlp.up_proj",
+        "ffn_down" => "mlp.down_proj",
         _ => return None,
     };
-    Some(format!("model.layers.{block}.{name}"))
+    Some(format!("model.layers.{block}.{name}.{kind}"))
 }
 
 /// GGUF has Llama 3.1's rotary scaling as one divisor per frequency. With the constants that all its models share

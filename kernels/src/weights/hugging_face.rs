@@ -5,9 +5,10 @@ use std::path::{Component, Path, PathBuf};
 
 use serde_json::Value;
 
+use super::fp8::Scaled;
 use super::import::{ModelSource, Tensors};
 use super::{PartFile, TensorSource, WeightsError, source};
-use crate::model::Config;
+use crate::model::{Config, json};
 use crate::text::Tokenizer;
 
 /// Opens a folder as a model.
@@ -36,6 +37,8 @@ pub(super) fn open(folder: &Path) -> Result<ModelSource, WeightsError> {
         .token_text("bos_token")
         .and_then(|token| tokenizer.token_id(&token));
     let begin = begin.or_else(|| settings.ids("bos_token_id").first().copied());
+    let tensors = open_folder(folder, &config_json)?;
+    let config_json = without_quantisation(config_json);
     Ok(ModelSource {
         name: folder_name(folder),
         config_path,
@@ -44,8 +47,24 @@ pub(super) fn open(folder: &Path) -> Result<ModelSource, WeightsError> {
         chat_template: settings.chat_template(folder)?,
         end_tokens: settings.end_tokens(&tokenizer),
         begin_token: begin.filter(|begin| tokenizer.encode("a").is_ok_and(|ids| ids.first() == Some(begin))),
-        tensors: Box::new(Shards::open(folder)?),
+        tensors,
     })
+}
+
+/// A configuration that no longer says how weights were packed, since they are widened.
+fn without_quantisation(config_json: String) -> String {
+    match json::parse(&config_json) {
+        Ok(Value::Object(mut config)) if config.contains_key("quantization_config") => {
+            config.remove("quantization_config");
+            serde_json::to_string_pretty(&config).unwrap_or(config_json)
+        }
+        _ => config_json,
+    }
+}
+
+/// The tensors of a folder, whatever else is in it. `config_json` says in which blocks FP8 weights are scaled.
+pub(crate) fn open_folder(folder: &Path, config_json: &str) -> Result<Box<dyn Tensors>, WeightsError> {
+    Ok(Box::new(Scaled::new(Shards::open(folder)?, config_json)))
 }
 
 /// The files that say which tokens begin and end, whichever of them are there.
@@ -61,7 +80,7 @@ impl Settings {
         Ok(Self {
             tokenizer: read("tokenizer_config.json")?,
             generation: read("generation_config.json")?,
-            config: serde_json::from_str(config_json).unwrap_or_default(), // Judged by the model's configuration.
+            config: json::parse(config_json).unwrap_or_default(), // Judged by the model's configuration.
         })
     }
 
@@ -118,7 +137,7 @@ fn as_id(value: &Value) -> Option<u32> {
     value.as_u64().and_then(|id| u32::try_from(id).ok())
 }
 
-struct Shards {
+pub(super) struct Shards {
     folder: PathBuf,
     files: Vec<PartFile>,
     /// Which file has a tensor.
@@ -126,6 +145,11 @@ struct Shards {
 }
 
 impl Shards {
+    /// The file that has a tensor.
+    pub(super) fn file(&self, name: &str) -> Option<&PartFile> {
+        self.files.get(*self.places.get(name)?)
+    }
+
     fn open(folder: &Path) -> Result<Self, WeightsError> {
         let single = folder.join("model.safetensors");
         let index_path = folder.join("model.safetensors.index.json");
@@ -165,6 +189,10 @@ impl Tensors for Shards {
             tensor: name.to_owned(),
         })?;
         file.tensor(name)
+    }
+
+    fn place(&self) -> &Path {
+        &self.folder
     }
 }
 

@@ -56,9 +56,11 @@ pub(super) struct ModelSource {
 }
 
 /// Tensors by Hugging Face name.
-pub(super) trait Tensors {
+pub(crate) trait Tensors {
     fn names(&self) -> Vec<String>;
     fn tensor(&self, name: &str) -> Result<TensorSource, WeightsError>;
+    /// The file or folder, to name in errors.
+    fn place(&self) -> &Path;
 }
 
 /// Reads the model at `source`, a Hugging Face folder or a GGUF file, and writes its part files and tokenizer into the
@@ -156,7 +158,7 @@ impl CheckedModel {
                 .flat_map(|part| &part.tensors)
                 .any(|tensor| tensor.name == name)
         };
-        let ignored = |name: &str| name.ends_with(".rotary_emb.inv_freq") || config.tied && name == OUTPUT;
+        let ignored = |name: &str| config.ignores(name);
         let names = source.tensors.names();
         if let Some(name) = names.iter().find(|name| !ignored(name) && !known(name)) {
             return Err(WeightsError::UnknownTensor {
@@ -186,7 +188,9 @@ impl CheckedModel {
             let mut sources = sources.collect::<Result<Vec<_>, WeightsError>>()?;
             let is_tied_head = self.tied && index + 1 == parts;
             if is_tied_head {
-                sources.push((OUTPUT, self.source.tensors.tensor(TIED_NOTE.1)?));
+                let embedding = self.parts.first().and_then(|part| part.tensors.first());
+                let embedding = embedding.map_or(TIED_NOTE.1, |tensor| tensor.name.as_str());
+                sources.push((OUTPUT, self.source.tensors.tensor(embedding)?));
             }
             let mut writer = PartWriter::new();
             for (name, source) in &sources {
@@ -442,7 +446,38 @@ mod tests {
         source
     }
 
+    #[test]
+    fn a_qwen_3_in_gguf_keeps_its_rows_and_has_its_norms() {
+        let places = tempfile::tempdir().unwrap();
+        let file = places.path().join("tiny.gguf");
+        fs::write(&file, gguf_of("qwen3", true)).unwrap();
+        let model = import(&file, &places.path().join("out"), &mut |_| {}).unwrap();
+        let config: Value = serde_json::from_str(&model.config_json).unwrap();
+        assert_eq!(config["model_type"], "qwen3");
+        let block = PartFile::open(&model.part_files[1]).unwrap();
+        let q = block
+            .tensor("model.layers.0.self_attn.q_proj.weight")
+            .unwrap()
+            .to_f32()
+            .unwrap();
+        let rows: Vec<f32> = q.chunks(32).map(|row| row[0].round()).collect();
+        assert_eq!(rows[..4], [0.0, 1.0, 2.0, 3.0]);
+        assert_eq!(
+            block.tensor("model.layers.0.self_attn.k_norm.weight").unwrap().shape,
+            [16]
+        );
+
+        // Without its norms it is no Qwen 3.
+        fs::write(&file, gguf_of("qwen3", false)).unwrap();
+        let error = import(&file, &places.path().join("other"), &mut |_| {}).unwrap_err();
+        assert!(matches!(error, WeightsError::MissingTensor { .. }), "{error}");
+    }
+
     fn gguf() -> Vec<u8> {
+        gguf_of("llama", false)
+    }
+
+    fn gguf_of(architecture: &str, head_norms: bool) -> Vec<u8> {
         let tokenizer: Value = serde_json::from_slice(&crate::text::bytes()).unwrap();
         let mut tokens = vec![""; 258];
         for (token, id) in tokenizer["model"]["vocab"].as_object().unwrap() {
@@ -451,15 +486,16 @@ mod tests {
         (tokens[256], tokens[257]) = (crate::text::BEGIN_TEXT, crate::text::END_TEXT);
         let mut kinds = vec![1; 258];
         kinds[256..].fill(3);
+        let key = |name: &str| format!("{architecture}.{name}");
         let mut file = Builder::new()
-            .text("general.architecture", "llama")
-            .u32("llama.block_count", 1)
-            .u32("llama.context_length", 64)
-            .u32("llama.embedding_length", 32)
-            .u32("llama.feed_forward_length", 64)
-            .u32("llama.attention.head_count", 2)
-            .u32("llama.attention.head_count_kv", 1)
-            .f32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+            .text("general.architecture", architecture)
+            .u32(&key("block_count"), 1)
+            .u32(&key("context_length"), 64)
+            .u32(&key("embedding_length"), 32)
+            .u32(&key("feed_forward_length"), 64)
+            .u32(&key("attention.head_count"), 2)
+            .u32(&key("attention.head_count_kv"), 1)
+            .f32(&key("attention.layer_norm_rms_epsilon"), 1e-5)
             .text("tokenizer.ggml.model", "gpt2")
             .text("tokenizer.ggml.pre", "smollm")
             .texts("tokenizer.ggml.tokens", &tokens)
@@ -476,6 +512,10 @@ mod tests {
         };
         file = f32_tensor(file, "token_embd.weight", &[258, 32]);
         file = f32_tensor(file, "output_norm.weight", &[32]);
+        if head_norms {
+            file = f32_tensor(file, "blk.0.attn_q_norm.weight", &[16]);
+            file = f32_tensor(file, "blk.0.attn_k_norm.weight", &[16]);
+        }
         for (_, name, shape) in BLOCK {
             let name = format!("blk.0.{name}.weight");
             file = match shape {

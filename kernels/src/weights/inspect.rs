@@ -70,7 +70,7 @@ pub fn inspect(path: &Path) -> Result<Summary, WeightsError> {
     };
     Ok(Summary {
         name: source.name,
-        architecture: "llama".to_owned(), // The only one that a configuration is accepted for.
+        architecture: config.family.to_owned(),
         parameters,
         types,
         blocks: config.blocks,
@@ -105,7 +105,7 @@ impl Summary {
         }
         Ok(Self {
             name: name.to_owned(),
-            architecture: "llama".to_owned(),
+            architecture: config.family.to_owned(),
             parameters,
             types,
             blocks: config.blocks,

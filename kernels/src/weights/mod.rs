@@ -5,6 +5,7 @@
 
 mod error;
 mod export;
+mod fp8;
 mod gguf;
 mod gguf_model;
 mod gguf_tokenizer;
@@ -18,6 +19,8 @@ mod source;
 pub use error::WeightsError;
 pub use export::{Exported, export};
 pub use gguf::{Gguf, GgufError};
+pub(crate) use hugging_face::open_folder;
+pub(crate) use import::Tensors;
 pub use import::{ImportedModel, Progress, import};
 pub use inspect::{Summary, TypeTotal, inspect};
 pub use part_file::{PartFile, TensorSource};

@@ -9,6 +9,7 @@ use memmap2::Mmap;
 use polder_protocol::layout::PartLayout;
 use safetensors::{Dtype, SafeTensors};
 
+use super::import::Tensors;
 use super::{WeightsError, source};
 use crate::quant::{PackedBytes, PackedMatrix, PackedType, QuantError, widen};
 
@@ -25,8 +26,16 @@ pub struct PartFile {
     path: PathBuf,
     map: Arc<Mmap>,
     tensors: BTreeMap<String, Entry>,
-    /// Tensors whose type we do not read; only asking for one is an error.
-    unread: BTreeMap<String, String>,
+    /// Tensors whose type has no meaning alone; only asking for one is an error.
+    unread: BTreeMap<String, Raw>,
+}
+
+/// A tensor as it stands in the file.
+#[derive(Debug, Clone)]
+struct Raw {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    range: Range<usize>,
 }
 
 #[derive(Debug)]
@@ -117,7 +126,8 @@ impl PartFile {
                 (Dtype::F16, None) => (PackedType::F16, info.shape.clone()),
                 (Dtype::BF16, None) => (PackedType::BF16, info.shape.clone()),
                 (dtype, None) => {
-                    unread.insert(name, format!("{dtype:?}"));
+                    let shape = info.shape.clone();
+                    unread.insert(name, Raw { dtype, shape, range });
                     continue;
                 }
             };
@@ -152,11 +162,11 @@ impl PartFile {
             path: self.path.clone(),
             tensor: name.to_owned(),
         };
-        if let Some(dtype) = self.unread.get(name) {
+        if let Some(raw) = self.unread.get(name) {
             return Err(WeightsError::ElementType {
                 path: self.path.clone(),
                 tensor: name.to_owned(),
-                dtype: dtype.clone(),
+                dtype: format!("{:?}", raw.dtype),
             });
         }
         let entry = self.tensors.get(name).ok_or_else(missing)?;
@@ -166,6 +176,12 @@ impl PartFile {
             shape: entry.shape.clone(),
             bytes,
         })
+    }
+
+    /// Type, shape and bytes of a tensor whose type [`PartFile::tensor`] refuses.
+    pub(super) fn raw(&self, name: &str) -> Option<(Dtype, &[usize], &[u8])> {
+        let raw = self.unread.get(name)?;
+        Some((raw.dtype, &raw.shape, self.map.get(raw.range.clone())?))
     }
 
     /// Checks that the file holds exactly the tensors of a part, in their shapes. The head of a tied model may hold
@@ -195,6 +211,20 @@ impl PartFile {
                 tensor: name.to_owned(),
             }),
         }
+    }
+}
+
+impl Tensors for PartFile {
+    fn names(&self) -> Vec<String> {
+        self.names().map(str::to_owned).collect()
+    }
+
+    fn tensor(&self, name: &str) -> Result<TensorSource, WeightsError> {
+        self.tensor(name)
+    }
+
+    fn place(&self) -> &Path {
+        &self.path
     }
 }
 

@@ -1,11 +1,16 @@
 //! Models on disk, for commands that convert, make and check them without a worker process.
 
+use std::path::Path;
+
 use polder_kernels::model::{Config, layout};
 use polder_kernels::text::Tokenizer;
 use polder_protocol::layout::Layout;
 
+use crate::DeviceChoice;
+
 pub use polder_kernels::model::ConfigError;
 pub use polder_kernels::text::{BEGIN_TEXT, END_TEXT, TextError, byte_level_bpe, bytes as byte_tokenizer};
+pub use polder_kernels::verify::{Measure, Quantity, Report, VerifyError};
 pub use polder_kernels::weights::{
     Exported, ImportedModel, PartFile, Progress, Summary, TypeTotal, WeightsError, export, import, inspect,
     write_state_part,
@@ -18,6 +23,15 @@ pub use polder_kernels::weights::{
 /// [`ConfigError`] names the key that is missing, wrong or not implemented.
 pub fn layout_of(config_json: &str) -> Result<Layout, ConfigError> {
     Config::from_json(config_json).map(|config| layout(&config))
+}
+
+/// Compares the model in a Hugging Face folder with `cases.safetensors` and `expected.json` beside it.
+///
+/// # Errors
+///
+/// [`VerifyError`] where the model or its cases cannot be read; numbers that differ are in the report.
+pub fn verify(folder: &Path, device: DeviceChoice) -> Result<Report, VerifyError> {
+    polder_kernels::verify::verify(folder, &device.open())
 }
 
 /// Checks that bytes are a `tokenizer.json` that can be used.

@@ -36,6 +36,10 @@ pub(super) struct Shape {
     pub(super) head_dim: usize,
     /// Positions; a multiple of 16.
     pub(super) capacity: usize,
+    /// Positions that a query sees, itself included; `None` for all before it.
+    pub(super) window: Option<usize>,
+    /// What scores are multiplied by.
+    pub(super) scale: f32,
 }
 
 impl Cache {
@@ -107,35 +111,45 @@ impl Cache {
 
     /// All heads of one group at one position that sees `visible` positions.
     fn attend_group(&self, visible: usize, kv: usize, q: &[f32], out: &mut [f32]) {
-        let Shape { head_dim, capacity, .. } = self.shape;
+        let Shape {
+            head_dim,
+            capacity,
+            window,
+            scale,
+            ..
+        } = self.shape;
         let level = Level::best();
         let keys = &self.keys[kv * head_dim * capacity..][..head_dim * capacity];
         let values = &self.values[kv * capacity * head_dim..][..capacity * head_dim];
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        let padded = visible.next_multiple_of(16);
+        let first = window.map_or(0, |window| visible.saturating_sub(window));
+        // Scores are made for whole vectors of positions; those before the first are left out below.
+        let from = first - first % 16;
+        let padded = visible.next_multiple_of(16) - from;
         let mut scores = vec![0.0; ROWS * padded];
         let rows = q.chunks(ROWS * head_dim).zip(out.chunks_mut(ROWS * head_dim));
         for (q, out) in rows {
             let many = q.len() / head_dim;
             // SAFETY: `q` is [many, head_dim]; the turned keys are [head_dim, capacity] with capacity a multiple of 16,
-            // so `padded` columns are there; scores have room for [many, padded].
+            // so `padded` columns are there from `from` on; scores have room for [many, padded].
             unsafe {
-                let (q, keys, scores) = (q.as_ptr(), keys.as_ptr(), scores.as_mut_ptr());
+                let (q, keys, scores) = (q.as_ptr(), keys.as_ptr().add(from), scores.as_mut_ptr());
                 mix(
                     level, q, head_dim, many, head_dim, keys, capacity, padded, scores, padded,
                 );
             }
             for scores in scores.chunks_exact_mut(padded).take(many) {
-                let scores = &mut scores[..visible];
+                let scores = &mut scores[first - from..visible - from];
                 scores.iter_mut().for_each(|score| *score *= scale);
                 softmax(scores);
             }
             // SAFETY: scores are [many, padded], values [capacity, head_dim] with capacity at least `visible`, and out
             // is [many, head_dim].
             unsafe {
-                let (scores, values, out) = (scores.as_ptr(), values.as_ptr(), out.as_mut_ptr());
+                let scores = scores.as_ptr().add(first - from);
+                let (values, out) = (values.as_ptr().add(first * head_dim), out.as_mut_ptr());
+                let terms = visible - first;
                 mix(
-                    level, scores, padded, many, visible, values, head_dim, head_dim, out, head_dim,
+                    level, scores, padded, many, terms, values, head_dim, head_dim, out, head_dim,
                 );
             }
         }
@@ -265,6 +279,8 @@ mod tests {
                 kv_heads,
                 head_dim,
                 capacity: positions.next_multiple_of(16),
+                window: None,
+                scale: 1.0 / (head_dim as f32).sqrt(),
             };
             let q = make(n * heads * head_dim, 0.37);
             let (k, v) = (
@@ -278,6 +294,48 @@ mod tests {
             polder_reference::attention(&mut right, &q, &k, &v, heads, kv_heads, head_dim);
             let error = out.iter().zip(&right).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(error < 1e-5, "{heads} {kv_heads} {head_dim}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_window_sees_its_last_positions_alone() {
+        let (positions, head_dim) = (41, 8);
+        let make = |count: usize, salt: f32| (0..count).map(|i| (i as f32 * salt).cos()).collect::<Vec<f32>>();
+        let (q, k, v) = (
+            make(positions * head_dim, 0.37),
+            make(positions * head_dim, 0.61),
+            make(positions * head_dim, 0.83),
+        );
+        for window in [1, 5, 16, 17, 33, 60] {
+            let mut cache = Cache::new(Shape {
+                heads: 1,
+                kv_heads: 1,
+                head_dim,
+                capacity: 48,
+                window: Some(window),
+                scale: 1.0 / (head_dim as f32).sqrt(),
+            })
+            .unwrap();
+            cache.write(0, &k, &v);
+            let mut out = vec![0.0; q.len()];
+            cache.attend(0, &q, &mut out);
+            for position in 0..positions {
+                let first = (position + 1).saturating_sub(window);
+                let seen = first * head_dim..(position + 1) * head_dim;
+                let mut right = vec![0.0; (position + 1 - first) * head_dim];
+                // A query at the end of the rows that it sees.
+                let mut queries = vec![0.0; right.len()];
+                let last = right.len() - head_dim;
+                queries[last..].copy_from_slice(&q[position * head_dim..][..head_dim]);
+                polder_reference::attention(&mut right, &queries, &k[seen.clone()], &v[seen], 1, 1, head_dim);
+                let own = &out[position * head_dim..][..head_dim];
+                let error = own
+                    .iter()
+                    .zip(&right[last..])
+                    .map(|(a, b)| (a - b).abs())
+                    .fold(0.0, f32::max);
+                assert!(error < 1e-5, "{window} {position}: {error}");
+            }
         }
     }
 }

@@ -48,22 +48,120 @@ pub(super) fn add(x: &mut [f32], y: &[f32]) {
     }
 }
 
-/// Cosines and sines of `count` positions from `position`, each `[count, head_dim / 2]`.
-pub(super) fn turns(frequencies: &Frequencies, position: usize, count: usize) -> (Vec<f32>, Vec<f32>) {
-    let pairs = frequencies.pairs();
-    let (mut cosines, mut sines) = (vec![0.0; count * pairs], vec![0.0; count * pairs]);
-    let rows = cosines.chunks_exact_mut(pairs).zip(sines.chunks_exact_mut(pairs));
-    for (offset, (cosines, sines)) in rows.enumerate() {
-        frequencies.turn(position + offset, cosines, sines);
+/// Takes the mean away, scales to unit variance, then each channel by its gain, and adds a bias.
+pub(super) fn layer_norm(out: &mut [f32], x: &[f32], gain: &[f32], bias: &[f32], epsilon: f32) {
+    let hidden = gain.len();
+    for (out, x) in out.chunks_exact_mut(hidden).zip(x.chunks_exact(hidden)) {
+        let mean = sum_of(x, |x| x) / hidden as f32;
+        let variance = sum_of(x, |x| (x - mean) * (x - mean)) / hidden as f32;
+        let scale = 1.0 / (variance + epsilon).sqrt();
+        for (((out, x), gain), bias) in out.iter_mut().zip(x).zip(gain).zip(bias) {
+            *out = (x - mean) * scale * gain + bias;
+        }
     }
-    (cosines, sines)
 }
 
-/// Rotates the pairs `(i, i + head_dim / 2)` of one head.
-pub(super) fn rotate(head: &mut [f32], cosines: &[f32], sines: &[f32]) {
-    let (first, second) = head.split_at_mut(cosines.len());
-    for (((a, b), cosine), sine) in first.iter_mut().zip(second).zip(cosines).zip(sines) {
-        (*a, *b) = (*a * cosine - *b * sine, *b * cosine + *a * sine);
+/// `x[i] ← x[i] · sigmoid(x[i])`.
+pub(super) fn silu(x: &mut [f32]) {
+    for x in x {
+        *x /= 1.0 + exp(-*x);
+    }
+}
+
+/// `1 / (1 + e⁻ˣ)`.
+pub(super) fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// `x[i] ← x[i] / 2 · (1 + tanh(√(2/π) · (x[i] + 0.044715 · x[i]³)))`.
+pub(super) fn gelu_tanh(x: &mut [f32]) {
+    for x in x {
+        let inner = 0.797_884_6 * (*x + 0.044_715 * *x * *x * *x);
+        // (1 + tanh y) / 2 is the sigmoid of 2y.
+        *x *= sigmoid(2.0 * inner);
+    }
+}
+
+/// `x[i] ← max(x[i], 0)²`.
+pub(super) fn squared_relu(x: &mut [f32]) {
+    for x in x {
+        let positive = if *x > 0.0 { *x } else { 0.0 };
+        *x = positive * positive;
+    }
+}
+
+/// xIELU: `α₊ x² + β x` above zero, `α₋ (expm1(min(x, ε)) − x) + β x` below (arXiv 2411.13010).
+pub(super) fn xielu(x: &mut [f32], alpha_p: f32, alpha_n: f32, beta: f32, epsilon: f32) {
+    for x in x {
+        let curved = if *x > 0.0 {
+            alpha_p * *x * *x
+        } else {
+            alpha_n * (expm1(if *x < epsilon { *x } else { epsilon }) - *x)
+        };
+        *x = curved + beta * *x;
+    }
+}
+
+/// `ln(1 + eˣ)`, without overflow. Parameters and time steps pass here, so it is in f64.
+pub(super) fn softplus(x: f32) -> f32 {
+    let x = f64::from(x);
+    (x.max(0.0) + (-x.abs()).exp().ln_1p()) as f32
+}
+
+/// eˣ − 1, exact near zero.
+fn expm1(x: f32) -> f32 {
+    if x.abs() > 0.35 {
+        return exp(x) - 1.0;
+    }
+    let mut series = 1.984_127e-4;
+    for coefficient in [1.388_889e-3, 8.333_334e-3, 4.166_666_8e-2, 0.166_666_67, 0.5, 1.0] {
+        series = series * x + coefficient;
+    }
+    series * x
+}
+
+/// Cosines and sines of some positions, for one rotation.
+pub(super) struct Turns {
+    pairs: usize,
+    interleaved: bool,
+    /// `[count, pairs]`
+    cosines: Vec<f32>,
+    sines: Vec<f32>,
+}
+
+impl Turns {
+    /// Those of `count` positions from `position`.
+    pub(super) fn new(frequencies: &Frequencies, interleaved: bool, position: usize, count: usize) -> Self {
+        let pairs = frequencies.pairs();
+        let (mut cosines, mut sines) = (vec![0.0; count * pairs], vec![0.0; count * pairs]);
+        let rows = cosines.chunks_exact_mut(pairs).zip(sines.chunks_exact_mut(pairs));
+        for (offset, (cosines, sines)) in rows.enumerate() {
+            frequencies.turn(position + offset, cosines, sines);
+        }
+        Self {
+            pairs,
+            interleaved,
+            cosines,
+            sines,
+        }
+    }
+
+    /// Rotates the first `2 · pairs` elements of one head, `offset` positions after the first.
+    pub(super) fn rotate(&self, head: &mut [f32], offset: usize) {
+        let at = offset * self.pairs..(offset + 1) * self.pairs;
+        let (cosines, sines) = (&self.cosines[at.clone()], &self.sines[at]);
+        let head = &mut head[..2 * self.pairs];
+        if self.interleaved {
+            for ((pair, cosine), sine) in head.chunks_exact_mut(2).zip(cosines).zip(sines) {
+                let (a, b) = (pair[0], pair[1]);
+                (pair[0], pair[1]) = (a * cosine - b * sine, b * cosine + a * sine);
+            }
+            return;
+        }
+        let (first, second) = head.split_at_mut(self.pairs);
+        for (((a, b), cosine), sine) in first.iter_mut().zip(second).zip(cosines).zip(sines) {
+            (*a, *b) = (*a * cosine - *b * sine, *b * cosine + *a * sine);
+        }
     }
 }
 
@@ -121,6 +219,35 @@ mod tests {
             );
         }
         assert_eq!(exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn small_differences_of_the_exponential_are_exact() {
+        for step in -4_000..4_000 {
+            let x = step as f32 * 1e-3 + 1e-5;
+            let right = f64::from(x).exp_m1();
+            assert!(
+                (f64::from(expm1(x)) - right).abs() < 4e-7 * right.abs().max(1e-3),
+                "{x}"
+            );
+        }
+    }
+
+    #[test]
+    fn activations_are_their_formulas() {
+        for step in -60..60 {
+            let x = f64::from(step) * 0.1 + 0.003;
+            let near = |ours: f32, right: f64| assert!((f64::from(ours) - right).abs() < 2e-6 * right.abs().max(1.0));
+            let mut own = [x as f32];
+            gelu_tanh(&mut own);
+            let inner = (2.0 / core::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+            near(own[0], 0.5 * x * (1.0 + inner.tanh()));
+            let mut own = [x as f32];
+            xielu(&mut own, 0.8, 1.3, 0.5, -1e-6);
+            let right = if x > 0.0 { 0.8 * x * x } else { 1.3 * (x.exp_m1() - x) };
+            near(own[0], right + 0.5 * x);
+            near(softplus(x as f32), x.exp().ln_1p());
+        }
     }
 
     #[test]

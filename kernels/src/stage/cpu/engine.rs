@@ -1,11 +1,20 @@
-//! The forward pass of consecutive blocks.
+//! The forward pass of consecutive blocks, as the model's description says.
+
+use std::collections::BTreeMap;
 
 use polder_protocol::layout::BlockRange;
 
-use super::attention::{Cache, Shape};
-use super::elementwise::{add, rms_norm, rotate, swiglu, turns};
+use super::attention::Cache;
+use super::dense::LoadedNorm;
+use super::elementwise::{Turns, add};
+use super::experts::{ExpertWeights, Routing};
+use super::grouped::GroupedWeights;
+use super::latent::{LatentCache, LatentWeights};
+use super::mamba::{MambaState, MambaWeights};
 use super::matrix::products;
+use super::mlp::MlpWeights;
 use crate::model::{Config, Frequencies};
+use crate::stage::further::FurtherWeights;
 use crate::stage::weights::StageWeights;
 use crate::stage::{Input, Output, Want};
 
@@ -17,18 +26,81 @@ const CHUNK_POSITIONS: usize = 256;
 pub(in crate::stage) struct Engine {
     config: Config,
     range: BlockRange,
-    frequencies: Frequencies,
+    frequencies: Vec<(Frequencies, bool)>,
     weights: StageWeights,
 }
 
-/// Keys and values of one session, block by block.
+/// One sublayer, loaded.
 #[derive(Debug)]
-pub(in crate::stage) struct Sequence(Vec<Cache>);
+pub(in crate::stage) struct LoadedSublayer {
+    pub(in crate::stage) norm: LoadedNorm,
+    pub(in crate::stage) mixer: LoadedMixer,
+    pub(in crate::stage) after: Option<LoadedNorm>,
+}
+
+/// What a sublayer does, loaded.
+#[derive(Debug)]
+pub(in crate::stage) enum LoadedMixer {
+    Attention(Box<GroupedWeights>),
+    Latent(Box<LatentWeights>),
+    Mlp(Box<MlpWeights>),
+    Experts(Box<ExpertWeights>),
+    Mamba(Box<MambaWeights>),
+}
+
+/// What one session keeps, sublayer by sublayer of all blocks.
+#[derive(Debug)]
+pub(in crate::stage) struct Sequence(Vec<Kept>);
+
+#[derive(Debug)]
+enum Kept {
+    Nothing,
+    Keys(Cache),
+    Latent(LatentCache),
+    Mamba(Box<MambaState>),
+}
+
+impl Sequence {
+    /// The earliest position, besides zero, from which the session can go on.
+    pub(in crate::stage) fn earliest(&self) -> usize {
+        let earliest = self.0.iter().map(|kept| match kept {
+            Kept::Mamba(state) => state.earliest(),
+            _ => 0,
+        });
+        earliest.max().unwrap_or(0)
+    }
+}
+
+/// What happened inside a forward pass.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Trace {
+    /// After each block, `[rows, hidden]`.
+    pub(crate) hidden: BTreeMap<u32, Vec<f32>>,
+    /// Of each block with experts.
+    pub(crate) routing: BTreeMap<u32, Routing>,
+    /// Of each block that chooses positions: those of each row, ascending.
+    pub(crate) selected: BTreeMap<u32, Vec<Vec<usize>>>,
+}
+
+impl LoadedMixer {
+    pub(in crate::stage) fn bytes(&self) -> u64 {
+        match self {
+            Self::Attention(weights) => weights.bytes(),
+            Self::Latent(weights) => weights.bytes(),
+            Self::Mlp(weights) => weights.bytes(),
+            Self::Experts(weights) => weights.bytes(),
+            Self::Mamba(weights) => weights.bytes(),
+        }
+    }
+}
 
 impl Engine {
     pub(in crate::stage) fn new(config: Config, range: BlockRange, weights: StageWeights) -> Self {
+        let frequencies = config.rotaries.iter();
         Self {
-            frequencies: Frequencies::of(&config),
+            frequencies: frequencies
+                .map(|rotary| (Frequencies::of(rotary), rotary.interleaved))
+                .collect(),
             config,
             range,
             weights,
@@ -41,14 +113,21 @@ impl Engine {
 
     /// Room for `capacity` positions; `None` where there is no memory for it.
     pub(in crate::stage) fn sequence(&self, capacity: usize) -> Option<Sequence> {
-        let shape = Shape {
-            heads: self.config.heads,
-            kv_heads: self.config.kv_heads,
-            head_dim: self.config.head_dim,
-            capacity: capacity.next_multiple_of(16),
-        };
-        let caches = (self.range.first..self.range.end).map(|_| Cache::new(shape));
-        caches.collect::<Option<Vec<_>>>().map(Sequence)
+        sequence(self.weights.blocks.iter().flatten(), capacity.next_multiple_of(16))
+    }
+
+    /// Bytes that a session of so many positions takes.
+    pub(in crate::stage) fn sequence_bytes(&self, capacity: u64) -> u64 {
+        let capacity = capacity.next_multiple_of(16);
+        let sublayers = self.weights.blocks.iter().flatten();
+        sublayers
+            .map(|sublayer| match &sublayer.mixer {
+                LoadedMixer::Attention(weights) => weights.cache_bytes(capacity),
+                LoadedMixer::Latent(weights) => weights.cache_bytes(capacity),
+                LoadedMixer::Mamba(weights) => weights.state_bytes(),
+                LoadedMixer::Mlp(_) | LoadedMixer::Experts(_) => 0,
+            })
+            .sum()
     }
 
     /// Runs positions `position ..`. The caller has checked tokens, lengths and room.
@@ -58,6 +137,7 @@ impl Engine {
         position: usize,
         input: Input<'_>,
         want: Want,
+        mut trace: Option<&mut Trace>,
     ) -> Output {
         let hidden = self.config.hidden;
         let mut x = match input {
@@ -66,7 +146,7 @@ impl Engine {
         };
         let n = x.len() / hidden;
         for (chunk, x) in x.chunks_mut(CHUNK_POSITIONS * hidden).enumerate() {
-            self.blocks(sequence, position + chunk * CHUNK_POSITIONS, x);
+            self.blocks(sequence, position + chunk * CHUNK_POSITIONS, x, trace.as_deref_mut());
         }
         let Some(head) = self.weights.head.as_ref() else {
             return Output::Hidden(x);
@@ -76,8 +156,7 @@ impl Engine {
             Want::LastLogits => &x[(n - 1) * hidden..],
             Want::AllLogits => &x[..],
         };
-        let mut normed = vec![0.0; x.len()];
-        rms_norm(&mut normed, x, &head.norm, self.config.epsilon);
+        let normed = head.norm.of(x);
         let rows = x.len() / hidden;
         let projection = head.projection.as_ref().or(self.weights.embedding.as_ref());
         let Some(projection) = projection else {
@@ -88,7 +167,13 @@ impl Engine {
         Output::Logits(logits)
     }
 
-    fn embed(&self, tokens: &[u32]) -> Vec<f32> {
+    /// The final norm of activations, at a stage with the head.
+    pub(in crate::stage) fn final_norm(&self, x: &[f32]) -> Option<Vec<f32>> {
+        self.weights.head.as_ref().map(|head| head.norm.of(x))
+    }
+
+    /// The embeddings of tokens, `[seq, hidden]`, at a stage with them.
+    pub(in crate::stage) fn embed(&self, tokens: &[u32]) -> Vec<f32> {
         let hidden = self.config.hidden;
         let mut x = vec![0.0; tokens.len() * hidden];
         if let Some(embedding) = &self.weights.embedding {
@@ -96,45 +181,110 @@ impl Engine {
                 embedding.row(*token as usize, x);
             }
         }
+        if self.config.embedding_scale != 1.0 {
+            x.iter_mut().for_each(|x| *x *= self.config.embedding_scale);
+        }
         x
     }
 
-    fn blocks(&self, sequence: &mut Sequence, position: usize, x: &mut [f32]) {
-        let config = &self.config;
-        let n = x.len() / config.hidden;
-        let (query_width, key_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let (cosines, sines) = turns(&self.frequencies, position, n);
-        let mut normed = vec![0.0; x.len()];
-        let (mut q, mut mixed) = (vec![0.0; n * query_width], vec![0.0; n * query_width]);
-        let (mut k, mut v) = (vec![0.0; n * key_width], vec![0.0; n * key_width]);
-        let (mut gate, mut up) = (vec![0.0; n * config.intermediate], vec![0.0; n * config.intermediate]);
-        let mut out = vec![0.0; x.len()];
-        let rotate_all = |rows: &mut [f32], heads: usize| {
-            let pairs = self.frequencies.pairs();
-            for (index, head) in rows.chunks_exact_mut(config.head_dim).enumerate() {
-                let at = index / heads * pairs;
-                rotate(head, &cosines[at..at + pairs], &sines[at..at + pairs]);
-            }
-        };
-        for (block, cache) in self.weights.blocks.iter().zip(&mut sequence.0) {
-            rms_norm(&mut normed, x, &block.attention_norm, config.epsilon);
-            products(
-                &normed,
-                n,
-                [(&block.q, &mut q[..]), (&block.k, &mut k[..]), (&block.v, &mut v[..])],
-            );
-            rotate_all(&mut q, config.heads);
-            rotate_all(&mut k, config.kv_heads);
-            cache.write(position, &k, &v);
-            cache.attend(position, &q, &mut mixed);
-            products(&mixed, n, [(&block.o, &mut out[..])]);
-            add(x, &out);
-
-            rms_norm(&mut normed, x, &block.mlp_norm, config.epsilon);
-            products(&normed, n, [(&block.gate, &mut gate[..]), (&block.up, &mut up[..])]);
-            swiglu(&mut gate, &up);
-            products(&gate, n, [(&block.down, &mut out[..])]);
-            add(x, &out);
+    /// Logits of the token after the next: from final-normed activations of positions `0 ..`, and the tokens that follow
+    /// each of them.
+    pub(in crate::stage) fn further(&self, weights: &FurtherWeights, normed: &[f32], next: &[u32]) -> Option<Vec<f32>> {
+        let hidden = self.config.hidden;
+        let mut embedded = vec![0.0; next.len() * hidden];
+        for (token, x) in next.iter().zip(embedded.chunks_exact_mut(hidden)) {
+            weights.embedding.row(*token as usize, x);
         }
+        let (left, right) = (weights.embedding_norm.of(&embedded), weights.hidden_norm.of(normed));
+        let joined: Vec<f32> = left
+            .chunks_exact(hidden)
+            .zip(right.chunks_exact(hidden))
+            .flat_map(|(left, right)| left.iter().chain(right))
+            .copied()
+            .collect();
+        let mut x = weights.join.of(&joined, next.len());
+        let n = next.len();
+        let mut sequence = sequence(weights.block.iter(), n.next_multiple_of(16))?;
+        // The module's first row has the rotation of the first token that follows.
+        let turns = self.turns(1, n);
+        for (sublayer, kept) in weights.block.iter().zip(&mut sequence.0) {
+            run(sublayer, kept, 0, &mut x, hidden, &turns, None);
+        }
+        let mut logits = vec![0.0; n * self.config.vocabulary];
+        weights.projection.apply(&weights.norm.of(&x), n, &mut logits);
+        Some(logits)
+    }
+
+    fn turns(&self, position: usize, n: usize) -> Vec<Turns> {
+        let turns = self.frequencies.iter();
+        turns
+            .map(|(frequencies, interleaved)| Turns::new(frequencies, *interleaved, position, n))
+            .collect()
+    }
+
+    fn blocks(&self, sequence: &mut Sequence, position: usize, x: &mut [f32], mut trace: Option<&mut Trace>) {
+        let turns = self.turns(position, x.len() / self.config.hidden);
+        let mut kept = sequence.0.iter_mut();
+        for (index, block) in (self.range.first..).zip(&self.weights.blocks) {
+            for (sublayer, kept) in block.iter().zip(&mut kept) {
+                let place = trace.as_deref_mut().map(|trace| (index, trace));
+                run(sublayer, kept, position, x, self.config.hidden, &turns, place);
+            }
+            if let Some(trace) = trace.as_deref_mut() {
+                trace.hidden.entry(index).or_default().extend_from_slice(x);
+            }
+        }
+    }
+}
+
+fn sequence<'a>(sublayers: impl Iterator<Item = &'a LoadedSublayer>, capacity: usize) -> Option<Sequence> {
+    let kept = sublayers.map(|sublayer| match &sublayer.mixer {
+        LoadedMixer::Attention(weights) => weights.cache(capacity).map(Kept::Keys),
+        LoadedMixer::Latent(weights) => weights.cache(capacity).map(Kept::Latent),
+        LoadedMixer::Mamba(weights) => Some(Kept::Mamba(Box::new(weights.start()))),
+        LoadedMixer::Mlp(_) | LoadedMixer::Experts(_) => Some(Kept::Nothing),
+    });
+    kept.collect::<Option<Vec<_>>>().map(Sequence)
+}
+
+/// `x ← x + after(mixer(norm(x)))` for rows at `position ..`.
+fn run(
+    sublayer: &LoadedSublayer,
+    kept: &mut Kept,
+    position: usize,
+    x: &mut [f32],
+    hidden: usize,
+    turns: &[Turns],
+    trace: Option<(u32, &mut Trace)>,
+) {
+    let n = x.len() / hidden;
+    let normed = sublayer.norm.of(x);
+    let mut out = vec![0.0; x.len()];
+    match (&sublayer.mixer, kept) {
+        (LoadedMixer::Attention(weights), Kept::Keys(cache)) => {
+            weights.forward(&normed, n, position, turns, cache, &mut out);
+        }
+        (LoadedMixer::Latent(weights), Kept::Latent(cache)) => {
+            let mut selected = Vec::new();
+            let seen = trace.is_some().then_some(&mut selected);
+            weights.forward(&normed, n, position, turns, cache, &mut out, seen);
+            if let Some((block, trace)) = trace
+                && !selected.is_empty()
+            {
+                trace.selected.entry(block).or_default().extend(selected);
+            }
+        }
+        (LoadedMixer::Mamba(weights), Kept::Mamba(state)) => weights.forward(&normed, n, position, state, &mut out),
+        (LoadedMixer::Mlp(weights), _) => weights.forward(&normed, n, &mut out),
+        (LoadedMixer::Experts(weights), _) => {
+            let seen = trace.map(|(block, trace)| trace.routing.entry(block).or_default());
+            weights.forward(&normed, n, &mut out, seen);
+        }
+        // A sequence is made from the same sublayers that it is used with.
+        _ => unreachable!("a sequence of another stage"),
+    }
+    match &sublayer.after {
+        Some(norm) => add(x, &norm.of(&out)),
+        None => add(x, &out),
     }
 }

@@ -34,6 +34,14 @@ impl Matrix {
         }
     }
 
+    /// Outputs.
+    pub(in crate::stage) const fn rows(&self) -> usize {
+        match self {
+            Self::Plain(plain) => plain.0.rows,
+            Self::Packed(packed) => packed.rows(),
+        }
+    }
+
     /// Bytes that the weight takes.
     pub(in crate::stage) fn bytes(&self) -> u64 {
         let bytes = match self {
@@ -52,13 +60,9 @@ impl Matrix {
     }
 }
 
-/// `out[i, r] = Σ_c w[r, c] · x[i, c]` for each weight and its `out`.
-///
-/// # Shapes
-///
-/// - `x`: `[n, cols]`, every `out`: `[n, rows]`, row-major
-pub(super) fn products<const COUNT: usize>(x: &[f32], n: usize, pairs: [(&Matrix, &mut [f32]); COUNT]) {
-    let mut plain = Vec::with_capacity(COUNT);
+/// As [`products`], for any number of weights.
+pub(super) fn products_of(x: &[f32], n: usize, pairs: Vec<(&Matrix, &mut [f32])>) {
+    let mut plain = Vec::with_capacity(pairs.len());
     for (matrix, out) in pairs {
         match matrix {
             Matrix::Plain(PlainMatrix(weight)) => plain.push(Product { weight, out }),
@@ -66,4 +70,13 @@ pub(super) fn products<const COUNT: usize>(x: &[f32], n: usize, pairs: [(&Matrix
         }
     }
     multiply(x, n, &mut plain);
+}
+
+/// `out[i, r] = Σ_c w[r, c] · x[i, c]` for each weight and its `out`.
+///
+/// # Shapes
+///
+/// - `x`: `[n, cols]`, every `out`: `[n, rows]`, row-major
+pub(super) fn products<const COUNT: usize>(x: &[f32], n: usize, pairs: [(&Matrix, &mut [f32]); COUNT]) {
+    products_of(x, n, pairs.into_iter().collect());
 }

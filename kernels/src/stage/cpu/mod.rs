@@ -1,11 +1,26 @@
 //! A stage on the CPU: plain loops over slices, made for one answer at a time.
 
 mod attention;
+mod dense;
 mod elementwise;
 mod engine;
+mod experts;
+mod grouped;
+mod indexer;
 mod lanes;
+mod latent;
+mod mamba;
 mod matrix;
+mod mlp;
 mod product;
 
-pub(super) use engine::{Engine, Sequence};
+pub(super) use dense::{Dense, LoadedNorm};
+pub(crate) use engine::Trace;
+pub(super) use engine::{Engine, LoadedMixer, LoadedSublayer, Sequence};
+pub(super) use experts::ExpertWeights;
+pub(crate) use experts::Routing;
+pub(super) use grouped::GroupedWeights;
+pub(super) use latent::LatentWeights;
+pub(super) use mamba::MambaWeights;
 pub(super) use matrix::Matrix;
+pub(super) use mlp::MlpWeights;

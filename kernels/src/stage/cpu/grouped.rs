@@ -1,0 +1,106 @@
+//! Grouped-query attention over a cache of keys and values.
+
+use super::attention::{Cache, Shape};
+use super::dense::{Dense, LoadedNorm, together};
+use super::elementwise::Turns;
+use crate::model::describe::Attention;
+use crate::stage::StageError;
+use crate::stage::weights::PartReader;
+
+/// The weights of one block's attention.
+#[derive(Debug)]
+pub(in crate::stage) struct GroupedWeights {
+    shape: Attention,
+    q: Dense,
+    k: Dense,
+    v: Dense,
+    o: Dense,
+    q_norm: Option<LoadedNorm>,
+    k_norm: Option<LoadedNorm>,
+}
+
+impl GroupedWeights {
+    pub(in crate::stage) fn read(reader: &PartReader<'_>, shape: &Attention) -> Result<Self, StageError> {
+        let norm = |norm: &Option<_>| norm.as_ref().map(|norm| reader.norm(norm)).transpose();
+        Ok(Self {
+            q: reader.dense(&shape.q)?,
+            k: reader.dense(&shape.k)?,
+            v: reader.dense(&shape.v)?,
+            o: reader.dense(&shape.o)?,
+            q_norm: norm(&shape.q_norm)?,
+            k_norm: norm(&shape.k_norm)?,
+            shape: shape.clone(),
+        })
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        [&self.q, &self.k, &self.v, &self.o]
+            .map(|dense| dense.weight.bytes())
+            .iter()
+            .sum()
+    }
+
+    /// An empty cache; `None` where there is no memory for it.
+    pub(super) fn cache(&self, capacity: usize) -> Option<Cache> {
+        Cache::new(Shape {
+            heads: self.shape.heads,
+            kv_heads: self.shape.kv_heads,
+            head_dim: self.shape.head_dim,
+            capacity,
+            window: self.shape.window,
+            scale: self.shape.scale,
+        })
+    }
+
+    /// Bytes of a cache.
+    pub(super) const fn cache_bytes(&self, capacity: u64) -> u64 {
+        capacity * (self.shape.kv_heads * self.shape.head_dim) as u64 * 2 * 4
+    }
+
+    /// Attends from the `n` normed rows `x` at `position ..`.
+    pub(super) fn forward(
+        &self,
+        x: &[f32],
+        n: usize,
+        position: usize,
+        turns: &[Turns],
+        cache: &mut Cache,
+        out: &mut [f32],
+    ) {
+        let Attention {
+            heads,
+            kv_heads,
+            head_dim,
+            ..
+        } = self.shape;
+        let (mut q, mut mixed) = (vec![0.0; n * heads * head_dim], vec![0.0; n * heads * head_dim]);
+        let (mut k, mut v) = (vec![0.0; n * kv_heads * head_dim], vec![0.0; n * kv_heads * head_dim]);
+        together(
+            x,
+            n,
+            [(&self.q, &mut q[..]), (&self.k, &mut k[..]), (&self.v, &mut v[..])],
+        );
+        if let Some(norm) = &self.q_norm {
+            q = norm.of(&q);
+        }
+        if let Some(norm) = &self.k_norm {
+            k = norm.of(&k);
+        }
+        if let Some(turns) = self.shape.rotary.and_then(|rotary| turns.get(rotary)) {
+            for (rows, heads) in [(&mut q, heads), (&mut k, kv_heads)] {
+                for (index, head) in rows.chunks_exact_mut(head_dim).enumerate() {
+                    turns.rotate(head, index / heads);
+                }
+            }
+        }
+        if let Some(scale) = self.shape.query_scale {
+            for (offset, row) in q.chunks_exact_mut(heads * head_dim).enumerate() {
+                let factor = scale.at(position + offset);
+                row.iter_mut().for_each(|q| *q *= factor);
+            }
+        }
+        cache.write(position, &k, &v);
+        cache.attend(position, &q, &mut mixed);
+        self.o.apply(&mixed, n, out);
+    }
+}

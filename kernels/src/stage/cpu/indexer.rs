@@ -1,0 +1,109 @@
+//! Chooses the positions that a query attends to: `Σ_h w_h · ReLU(q_h · k)`, and of those the largest.
+
+use rayon::prelude::*;
+
+use super::dense::{Dense, LoadedNorm};
+use super::elementwise::Turns;
+use super::lanes::Level;
+use super::product::strip_product;
+use crate::model::describe::Indexer;
+use crate::model::routing::largest;
+use crate::stage::StageError;
+use crate::stage::weights::PartReader;
+
+/// The weights of one block's indexer.
+#[derive(Debug)]
+pub(super) struct IndexerWeights {
+    shape: Indexer,
+    q: Dense,
+    k: Dense,
+    k_norm: LoadedNorm,
+    weights: Dense,
+}
+
+impl IndexerWeights {
+    pub(super) fn read(reader: &PartReader<'_>, shape: &Indexer) -> Result<Self, StageError> {
+        Ok(Self {
+            q: reader.dense(&shape.q)?,
+            k: reader.dense(&shape.k)?,
+            k_norm: reader.norm(&shape.k_norm)?,
+            weights: reader.dense(&shape.weights)?,
+            shape: shape.clone(),
+        })
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        [&self.q, &self.k, &self.weights]
+            .map(|dense| dense.weight.bytes())
+            .iter()
+            .sum()
+    }
+
+    pub(super) const fn head_dim(&self) -> usize {
+        self.shape.head_dim
+    }
+
+    /// Writes the keys of the `n` rows `x` at `position ..` into `keys`, `[capacity, head_dim]`.
+    pub(super) fn remember(&self, x: &[f32], n: usize, position: usize, turns: &[Turns], keys: &mut [f32]) {
+        let width = self.shape.head_dim;
+        let own = &mut keys[position * width..(position + n) * width];
+        self.k_norm.apply(own, &self.k.of(x, n));
+        if let Some(turns) = turns.get(self.shape.rotary) {
+            for (offset, key) in own.chunks_exact_mut(width).enumerate() {
+                turns.rotate(key, offset);
+            }
+        }
+    }
+
+    /// The positions of each row, ascending; of equal scores the earlier. `latent` is what queries are made from.
+    pub(super) fn choose(
+        &self,
+        x: &[f32],
+        latent: &[f32],
+        n: usize,
+        position: usize,
+        turns: &[Turns],
+        keys: &[f32],
+    ) -> Vec<Vec<usize>> {
+        let Indexer { heads, head_dim, .. } = self.shape;
+        let mut q = self.q.of(latent, n);
+        if let Some(turns) = turns.get(self.shape.rotary) {
+            for (index, head) in q.chunks_exact_mut(head_dim).enumerate() {
+                turns.rotate(head, index / heads);
+            }
+        }
+        let weights = self.weights.of(x, n);
+        let rows = q
+            .par_chunks_exact(heads * head_dim)
+            .zip(weights.par_chunks_exact(heads));
+        rows.enumerate()
+            .map(|(i, (q, weights))| self.choose_one(position + i + 1, q, weights, keys))
+            .collect()
+    }
+
+    fn choose_one(&self, visible: usize, q: &[f32], weights: &[f32], keys: &[f32]) -> Vec<usize> {
+        let Indexer {
+            heads, head_dim, top, ..
+        } = self.shape;
+        if visible <= top {
+            return (0..visible).collect();
+        }
+        assert!(keys.len() >= visible * head_dim && q.len() == heads * head_dim);
+        let mut products = vec![0.0; heads * visible];
+        // SAFETY: `q` is [heads, head_dim], `keys` at least [visible, head_dim], `products` [heads, visible].
+        unsafe {
+            let (q, keys, products) = (q.as_ptr(), keys.as_ptr(), products.as_mut_ptr());
+            strip_product(Level::best(), q, heads, keys, head_dim, 0, visible, products, visible);
+        }
+        let (scale, share) = ((head_dim as f32).powf(-0.5), (heads as f32).powf(-0.5));
+        let mut scores = vec![0.0f32; visible];
+        for (products, weight) in products.chunks_exact(visible).zip(weights) {
+            for (score, product) in scores.iter_mut().zip(products) {
+                *score += weight * share * (product * scale).max(0.0);
+            }
+        }
+        let mut chosen = largest(scores.into_iter().enumerate(), top);
+        chosen.sort_unstable();
+        chosen
+    }
+}

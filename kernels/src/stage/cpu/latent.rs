@@ -1,0 +1,257 @@
+//! Attention over a compressed cache: of each position, a normed latent and one rotated key.
+//!
+//! Keys are never made: a query is carried into the latent's space instead, and the mixture of latents out of it. What
+//! the cache keeps is therefore `rank + rope` numbers per position, whatever the number of heads.
+
+use rayon::prelude::*;
+
+use super::attention::mix;
+use super::dense::{Dense, LoadedNorm};
+use super::elementwise::{Turns, softmax};
+use super::indexer::IndexerWeights;
+use super::lanes::Level;
+use super::product::strip_product;
+use crate::model::describe::{LatentAttention, LatentQuery};
+use crate::stage::StageError;
+use crate::stage::weights::PartReader;
+
+/// The weights of one block's attention.
+#[derive(Debug)]
+pub(in crate::stage) struct LatentWeights {
+    shape: LatentAttention,
+    query: Query,
+    kv_down: Dense,
+    kv_norm: LoadedNorm,
+    /// `[heads, nope + value, rank]`, widened: both its halves are multiplied from the other side.
+    kv_up: Vec<f32>,
+    o: Dense,
+    indexer: Option<IndexerWeights>,
+}
+
+#[derive(Debug)]
+enum Query {
+    Direct(Dense),
+    LowRank(Dense, LoadedNorm, Dense),
+}
+
+/// What is kept of the positions of one session.
+#[derive(Debug)]
+pub(in crate::stage) struct LatentCache {
+    /// `[capacity, rank + rope]`
+    rows: Vec<f32>,
+    /// `[capacity, index_head_dim]`, where positions are chosen.
+    index: Vec<f32>,
+}
+
+impl LatentWeights {
+    pub(in crate::stage) fn read(reader: &PartReader<'_>, shape: &LatentAttention) -> Result<Self, StageError> {
+        let query = match &shape.query {
+            LatentQuery::Direct(linear) => Query::Direct(reader.dense(linear)?),
+            LatentQuery::LowRank(down, norm, up) => {
+                Query::LowRank(reader.dense(down)?, reader.norm(norm)?, reader.dense(up)?)
+            }
+        };
+        let indexer = shape.indexer.as_ref();
+        Ok(Self {
+            query,
+            kv_down: reader.dense(&shape.kv_down)?,
+            kv_norm: reader.norm(&shape.kv_norm)?,
+            kv_up: reader.widened(&shape.kv_up)?,
+            o: reader.dense(&shape.o)?,
+            indexer: indexer
+                .map(|indexer| IndexerWeights::read(reader, indexer))
+                .transpose()?,
+            shape: shape.clone(),
+        })
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        let query = match &self.query {
+            Query::Direct(dense) => dense.weight.bytes(),
+            Query::LowRank(down, _, up) => down.weight.bytes() + up.weight.bytes(),
+        };
+        let rest = self.kv_down.weight.bytes() + self.o.weight.bytes() + 4 * self.kv_up.len() as u64;
+        query + rest + self.indexer.as_ref().map_or(0, IndexerWeights::bytes)
+    }
+
+    fn row(&self) -> usize {
+        self.shape.rank + self.shape.rope
+    }
+
+    /// An empty cache; `None` where there is no memory for it.
+    pub(super) fn cache(&self, capacity: usize) -> Option<LatentCache> {
+        let zeros = |elements: usize| {
+            let mut room = Vec::new();
+            room.try_reserve_exact(elements).ok()?;
+            room.resize(elements, 0.0);
+            Some(room)
+        };
+        let index = self.indexer.as_ref().map_or(0, IndexerWeights::head_dim);
+        Some(LatentCache {
+            rows: zeros(capacity * self.row())?,
+            index: zeros(capacity * index)?,
+        })
+    }
+
+    /// Bytes of a cache.
+    pub(super) fn cache_bytes(&self, capacity: u64) -> u64 {
+        let index = self.indexer.as_ref().map_or(0, IndexerWeights::head_dim);
+        capacity * (self.row() + index) as u64 * 4
+    }
+
+    /// Attends from the `n` normed rows `x` at `position ..`; `seen` takes the positions chosen by each.
+    #[expect(clippy::too_many_arguments, reason = "what a mixer works on")]
+    pub(super) fn forward(
+        &self,
+        x: &[f32],
+        n: usize,
+        position: usize,
+        turns: &[Turns],
+        cache: &mut LatentCache,
+        out: &mut [f32],
+        seen: Option<&mut Vec<Vec<usize>>>,
+    ) {
+        let LatentAttention {
+            heads,
+            nope,
+            rope,
+            value,
+            ..
+        } = self.shape;
+        let (latent, mut q) = match &self.query {
+            Query::Direct(dense) => (Vec::new(), dense.of(x, n)),
+            Query::LowRank(down, norm, up) => {
+                let latent = norm.of(&down.of(x, n));
+                let q = up.of(&latent, n);
+                (latent, q)
+            }
+        };
+        let rotation = turns.get(self.shape.rotary);
+        if let Some(turns) = rotation {
+            for (index, head) in q.chunks_exact_mut(nope + rope).enumerate() {
+                turns.rotate(&mut head[nope..], index / heads);
+            }
+        }
+        self.remember(x, n, position, rotation, cache);
+        let chosen = self.indexer.as_ref().map(|indexer| {
+            indexer.remember(x, n, position, turns, &mut cache.index);
+            indexer.choose(x, &latent, n, position, turns, &cache.index)
+        });
+        let mut mixed = vec![0.0; n * heads * value];
+        let chosen_of = |i: usize| chosen.as_ref().and_then(|chosen| chosen.get(i)).map(Vec::as_slice);
+        let one = |(i, out): (usize, &mut [f32])| {
+            self.attend(
+                position + i,
+                &q[i * heads * (nope + rope)..],
+                &cache.rows,
+                chosen_of(i),
+                out,
+            );
+        };
+        mixed.par_chunks_exact_mut(heads * value).enumerate().for_each(one);
+        self.o.apply(&mixed, n, out);
+        if let (Some(seen), Some(chosen)) = (seen, chosen) {
+            seen.extend(chosen);
+        }
+    }
+
+    /// Writes latents and rotated keys.
+    fn remember(&self, x: &[f32], n: usize, position: usize, turns: Option<&Turns>, cache: &mut LatentCache) {
+        let (rank, row) = (self.shape.rank, self.row());
+        let down = self.kv_down.of(x, n);
+        for (offset, down) in down.chunks_exact(row).enumerate() {
+            let kept = &mut cache.rows[(position + offset) * row..][..row];
+            self.kv_norm.apply(&mut kept[..rank], &down[..rank]);
+            kept[rank..].copy_from_slice(&down[rank..]);
+            if let Some(turns) = turns {
+                turns.rotate(&mut kept[rank..], offset);
+            }
+        }
+    }
+
+    /// All heads at one position, over all positions before it or those chosen.
+    fn attend(&self, position: usize, q: &[f32], rows: &[f32], chosen: Option<&[usize]>, out: &mut [f32]) {
+        let LatentAttention {
+            heads,
+            rank,
+            nope,
+            rope,
+            value,
+            ..
+        } = self.shape;
+        let (row, level) = (self.row(), Level::best());
+        let gathered: Vec<f32>;
+        let (rows, visible) = match chosen {
+            None => (rows, position + 1),
+            Some(chosen) => {
+                gathered = chosen
+                    .iter()
+                    .flat_map(|at| &rows[at * row..(at + 1) * row])
+                    .copied()
+                    .collect();
+                (&gathered[..], chosen.len())
+            }
+        };
+        assert!(rows.len() >= visible * row && q.len() >= heads * (nope + rope));
+        assert!(self.kv_up.len() == heads * (nope + value) * rank && out.len() == heads * value);
+        let mut carried = vec![0.0; heads * row];
+        let mut scores = vec![0.0; heads * visible];
+        let mut latent = vec![0.0; heads * rank];
+        for (head, carried) in carried.chunks_exact_mut(row).enumerate() {
+            let q = &q[head * (nope + rope)..][..nope + rope];
+            // SAFETY: `q` has `nope` elements before the rotated ones, the head's rows of `kv_up` are at least
+            // [nope, rank], and `carried` has room for `rank`.
+            unsafe {
+                let up = self.kv_up.as_ptr().add(head * (nope + value) * rank);
+                mix(
+                    level,
+                    q.as_ptr(),
+                    nope,
+                    1,
+                    nope,
+                    up,
+                    rank,
+                    rank,
+                    carried.as_mut_ptr(),
+                    rank,
+                );
+            }
+            carried[rank..].copy_from_slice(&q[nope..]);
+        }
+        // SAFETY: `carried` is [heads, row], `rows` at least [visible, row], scores [heads, visible].
+        unsafe {
+            let (carried, scores) = (carried.as_ptr(), scores.as_mut_ptr());
+            strip_product(level, carried, heads, rows.as_ptr(), row, 0, visible, scores, visible);
+        }
+        let scale = self.shape.scale * self.shape.query_scale.map_or(1.0, |scale| scale.at(position));
+        for scores in scores.chunks_exact_mut(visible) {
+            scores.iter_mut().for_each(|score| *score *= scale);
+            softmax(scores);
+        }
+        // SAFETY: scores are [heads, visible], `rows` at least [visible, row] of which the first `rank` columns are the
+        // latent, and `latent` is [heads, rank].
+        unsafe {
+            let (scores, latent) = (scores.as_ptr(), latent.as_mut_ptr());
+            mix(
+                level,
+                scores,
+                visible,
+                heads,
+                visible,
+                rows.as_ptr(),
+                row,
+                rank,
+                latent,
+                rank,
+            );
+        }
+        for (head, out) in out.chunks_exact_mut(value).enumerate() {
+            // SAFETY: one row of `rank`, [value, rank] rows of `kv_up`, and room for `value`.
+            unsafe {
+                let up = self.kv_up.as_ptr().add((head * (nope + value) + nope) * rank);
+                let latent = latent.as_ptr().add(head * rank);
+                strip_product(level, latent, 1, up, rank, 0, value, out.as_mut_ptr(), value);
+            }
+        }
+    }
+}

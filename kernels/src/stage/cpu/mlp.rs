@@ -1,0 +1,111 @@
+//! Perceptrons, gated or not.
+
+use super::dense::{Dense, together};
+use super::elementwise::{gelu_tanh, silu, softplus, squared_relu, swiglu, xielu};
+use crate::model::describe::{Activation, Mlp};
+use crate::stage::StageError;
+use crate::stage::weights::PartReader;
+
+/// The weights of a perceptron.
+#[derive(Debug)]
+pub(in crate::stage) struct MlpWeights {
+    pub(super) gate: Option<Dense>,
+    pub(super) up: Dense,
+    pub(super) down: Dense,
+    activation: Function,
+}
+
+/// An activation with its parameters read.
+#[derive(Debug, Clone, Copy)]
+enum Function {
+    Silu,
+    GeluTanh,
+    SquaredRelu,
+    Xielu {
+        alpha_p: f32,
+        alpha_n: f32,
+        beta: f32,
+        epsilon: f32,
+    },
+}
+
+impl MlpWeights {
+    pub(in crate::stage) fn read(reader: &PartReader<'_>, mlp: &Mlp) -> Result<Self, StageError> {
+        let activation = match mlp.activation {
+            Activation::Silu => Function::Silu,
+            Activation::GeluTanh => Function::GeluTanh,
+            Activation::SquaredRelu => Function::SquaredRelu,
+            Activation::Xielu(slots) => {
+                let number = |slot| Ok::<f32, StageError>(reader.vector(slot)?.first().copied().unwrap_or(0.0));
+                let beta = number(slots.beta)?;
+                Function::Xielu {
+                    alpha_p: softplus(number(slots.alpha_p)?),
+                    alpha_n: beta + softplus(number(slots.alpha_n)?),
+                    beta,
+                    epsilon: number(slots.epsilon)?,
+                }
+            }
+        };
+        Ok(Self {
+            gate: mlp.gate.as_ref().map(|gate| reader.dense(gate)).transpose()?,
+            up: reader.dense(&mlp.up)?,
+            down: reader.dense(&mlp.down)?,
+            activation,
+        })
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        let gate = self.gate.as_ref().map_or(0, |gate| gate.weight.bytes());
+        gate + self.up.weight.bytes() + self.down.weight.bytes()
+    }
+
+    /// Width between the two layers.
+    pub(super) const fn wide(&self) -> usize {
+        self.up.weight.rows()
+    }
+
+    /// Of `n` rows.
+    pub(super) fn forward(&self, x: &[f32], n: usize, out: &mut [f32]) {
+        let mut up = vec![0.0; n * self.wide()];
+        match &self.gate {
+            None => {
+                self.up.apply(x, n, &mut up);
+                self.activation.apply(&mut up);
+                self.down.apply(&up, n, out);
+            }
+            Some(gate) => {
+                let mut gated = vec![0.0; up.len()];
+                together(x, n, [(gate, &mut gated[..]), (&self.up, &mut up[..])]);
+                self.join(&mut gated, &up);
+                self.down.apply(&gated, n, out);
+            }
+        }
+    }
+
+    /// `gate ← act(gate) · up`.
+    pub(super) fn join(&self, gate: &mut [f32], up: &[f32]) {
+        if let Function::Silu = self.activation {
+            return swiglu(gate, up);
+        }
+        self.activation.apply(gate);
+        for (gate, up) in gate.iter_mut().zip(up) {
+            *gate *= up;
+        }
+    }
+}
+
+impl Function {
+    fn apply(self, x: &mut [f32]) {
+        match self {
+            Self::Silu => silu(x),
+            Self::GeluTanh => gelu_tanh(x),
+            Self::SquaredRelu => squared_relu(x),
+            Self::Xielu {
+                alpha_p,
+                alpha_n,
+                beta,
+                epsilon,
+            } => xielu(x, alpha_p, alpha_n, beta, epsilon),
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! The forward pass of consecutive blocks in tensors, on any device, with a graph where gradients are wanted.
+
+mod attention;
+mod experts;
+mod latent;
+mod leaves;
+mod mamba;
+mod mlp;
+mod positions;
+
+use std::collections::BTreeMap;
+
+use burn::tensor::activation::log_softmax;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use polder_protocol::layout::BlockRange;
+
+use super::TrainError;
+use crate::model::Config;
+use crate::model::describe::{Linear, Mixer, Norm, Slot};
+
+use leaves::Part;
+pub(super) use leaves::{Leaf, Leaves};
+pub(super) use positions::Positions;
+
+/// How often each expert was chosen, by the stage's part and the place of the router's correction in it.
+pub(super) type Loads = BTreeMap<(usize, usize), Vec<u64>>;
+
+/// The embeddings of a stage that has them: `[rows, hidden]`.
+pub(super) fn embed(config: &Config, leaves: &Leaves, tokens: &[u32], device: &Device) -> Option<Tensor<2>> {
+    let embedding = Part(leaves.0.first()?).matrix(Slot(0));
+    let x = embedding.select(0, indices(tokens.iter().map(|token| *token as usize), device));
+    Some(match config.embedding_scale {
+        1.0 => x,
+        scale => x.mul_scalar(scale),
+    })
+}
+
+/// All blocks of a stage: `[batch · seq, hidden]` to the same.
+pub(super) fn blocks(
+    config: &Config,
+    range: BlockRange,
+    leaves: &Leaves,
+    positions: &Positions,
+    mut x: Tensor<2>,
+    loads: &mut Loads,
+) -> Result<Tensor<2>, TrainError> {
+    let first = usize::from(range.has_embedding());
+    let blocks = config.description.iter().skip(range.first as usize);
+    let count = (range.end - range.first) as usize;
+    for (block, (index, part)) in blocks.zip(leaves.0.iter().enumerate().skip(first)).take(count) {
+        let part = Part(part);
+        for sublayer in &block.0 {
+            let normed = norm(part, &sublayer.norm, x.clone());
+            let mut out = match &sublayer.mixer {
+                Mixer::Attention(shape) => attention::grouped(part, shape, positions, &normed),
+                Mixer::Latent(shape) => latent::latent(part, shape, positions, &normed)?,
+                Mixer::Mlp(mlp) => mlp::mlp(part, mlp, &normed),
+                Mixer::Experts(shape) => {
+                    let (out, load) = experts::experts(part, shape, &normed)?;
+                    if let Some(slot) = shape.router.correction {
+                        add_load(loads, (index, slot.0), &load);
+                    }
+                    out
+                }
+                Mixer::Mamba(shape) => mamba::mamba(part, shape, positions.seq(), &normed),
+            };
+            if let Some(after) = &sublayer.after {
+                out = norm(part, after, out);
+            }
+            x = x + out;
+        }
+    }
+    Ok(x)
+}
+
+fn add_load(loads: &mut Loads, place: (usize, usize), load: &[u64]) {
+    let sum = loads.entry(place).or_insert_with(|| vec![0; load.len()]);
+    for (sum, load) in sum.iter_mut().zip(load) {
+        *sum += load;
+    }
+}
+
+/// The logits of a stage with the head: `[rows, hidden]` to `[rows, vocabulary]`.
+pub(super) fn logits(config: &Config, leaves: &Leaves, x: Tensor<2>) -> Option<Tensor<2>> {
+    let part = Part(leaves.0.last()?);
+    let normed = norm(part, &config.head.norm, x);
+    Some(match &config.head.projection {
+        Some(projection) => linear(part, projection, &normed),
+        None => normed.matmul(Part(leaves.0.first()?).matrix(Slot(0)).transpose()),
+    })
+}
+
+/// The loss of each row in nats, `[rows]`.
+pub(super) fn losses(logits: Tensor<2>, targets: &[u32], device: &Device) -> Tensor<1> {
+    let targets = indices(targets.iter().map(|target| *target as usize), device).unsqueeze_dim::<2>(1);
+    log_softmax(logits, 1).gather(1, targets).neg().squeeze_dim(1)
+}
+
+/// Whole numbers below 2³¹.
+fn indices(values: impl Iterator<Item = usize>, device: &Device) -> Tensor<1, Int> {
+    let values: Vec<i32> = values.map(|value| value as i32).collect();
+    let count = values.len();
+    Tensor::from_data(TensorData::new(values, [count]), &device.clone().without_autodiff())
+}
+
+/// `weight · x + bias`, `[rows, cols]` to `[rows, out]`.
+fn linear(part: Part<'_>, linear: &Linear, x: &Tensor<2>) -> Tensor<2> {
+    let mut weight = part.matrix(linear.weight);
+    if weight.dims()[0] != linear.rows {
+        weight = weight.narrow(0, linear.first_row, linear.rows);
+    }
+    let out = x.clone().matmul(weight.transpose());
+    match linear.bias {
+        Some(bias) => out + part.vector(bias).unsqueeze::<2>(),
+        None => out,
+    }
+}
+
+/// A norm of each row.
+fn norm(part: Part<'_>, norm: &Norm, x: Tensor<2>) -> Tensor<2> {
+    let mut gain = part.vector(norm.gain);
+    if norm.kind.plus_one {
+        gain = gain.add_scalar(1.0);
+    }
+    let x = match norm.kind.centred {
+        true => x.clone() - x.mean_dim(1),
+        false => x,
+    };
+    let out = unit_rows(x, norm.kind.epsilon) * gain.unsqueeze::<2>();
+    match norm.bias {
+        Some(bias) => out + part.vector(bias).unsqueeze::<2>(),
+        None => out,
+    }
+}
+
+/// Scales each row to unit root mean square.
+fn unit_rows(x: Tensor<2>, epsilon: f32) -> Tensor<2> {
+    let scale = x.clone().square().mean_dim(1).add_scalar(epsilon).sqrt().recip();
+    x * scale
+}
+
+/// `ln(1 + eˣ)`, without overflow.
+fn softplus<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    x.clone().clamp_min(0.0) + x.abs().neg().exp().log1p()
+}
+
+/// The values on the host.
+fn host<const D: usize>(x: &Tensor<D>) -> Result<Vec<f32>, TrainError> {
+    super::numbers(x.clone().detach())
+}

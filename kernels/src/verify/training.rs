@@ -1,0 +1,159 @@
+//! The training engine against the cases: loss, norms of all gradients, and those that are given whole.
+
+use std::collections::BTreeMap;
+
+use polder_protocol::layout::{BlockRange, Layout};
+use polder_protocol::run::Inner;
+use serde_json::Value;
+
+use super::VerifyError;
+use super::cases::Cases;
+use super::compare::Tally;
+use crate::device::Device;
+use crate::model::{Config, layout};
+use crate::train::{TrainInput, TrainOutput, TrainStage};
+use crate::weights::{Tensors, WeightsError};
+
+pub(super) fn compare(
+    config: &Config,
+    config_json: &str,
+    tensors: &dyn Tensors,
+    cases: &Cases,
+    device: &Device,
+    tally: &mut Tally<'_>,
+) -> Result<(), VerifyError> {
+    let layout = layout(config);
+    let parameters = parameters(&layout, tensors)?;
+    let range = BlockRange::whole(config.blocks);
+    let mut stage = TrainStage::new(config_json, range, parameters, inner(cases), 1, device)?;
+    let tokens = cases.tokens.concat();
+    if let TrainOutput::Loss { loss, .. } = stage.forward(0, input(cases, &tokens, &[]))?
+        && let Some(right) = cases.number("loss")
+    {
+        tally.absolute("loss", &[loss], &[right as f32], "loss_abs", 1e-4);
+    }
+    let Some(gradients) = stage.gradients() else {
+        return Ok(());
+    };
+    let gradients = by_name(&layout, gradients);
+    tally_norms(cases, &gradients, tally);
+    for name in cases
+        .names()
+        .filter_map(|name| name.strip_prefix("grad."))
+        .collect::<Vec<_>>()
+    {
+        let right = cases.tensor(&format!("grad.{name}")).unwrap_or_default();
+        let own = gradients.get(name).copied().unwrap_or_default();
+        tally.of_largest(&format!("grad.{name}"), own, right, "grad_elem_rel_to_max", 2e-3);
+    }
+    Ok(())
+}
+
+fn tally_norms(cases: &Cases, gradients: &BTreeMap<&str, &[f32]>, tally: &mut Tally<'_>) {
+    let tolerance = cases.tolerance("grad_norm_rel", 2e-3);
+    let norm = |name: &str| {
+        let squares = gradients
+            .get(name)
+            .map(|own| own.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>());
+        squares.unwrap_or(f64::NAN).sqrt()
+    };
+    if let Some(norms) = cases.expected.get("grad_norms").and_then(Value::as_object) {
+        let pairs: Vec<(f64, f64)> = norms
+            .iter()
+            .map(|(name, right)| (norm(name), right.as_f64().unwrap_or(f64::NAN)))
+            .collect();
+        tally.relative("gradient norms", &pairs, tolerance);
+        let own = norms.keys().map(|name| norm(name).powi(2)).sum::<f64>().sqrt();
+        if let Some(right) = cases.number("grad_total_norm") {
+            tally.relative("total gradient norm", &[(own, right)], tolerance);
+        }
+    }
+    if let Some(without) = cases
+        .expected
+        .get("parameters_without_gradient")
+        .and_then(Value::as_array)
+        && !without.is_empty()
+    {
+        let moved = without.iter().filter_map(Value::as_str).filter(|name| {
+            let own = gradients.get(*name).copied().unwrap_or_default();
+            own.iter().any(|gradient| *gradient != 0.0)
+        });
+        tally.count("parameters without gradient", moved.count(), without.len());
+    }
+}
+
+/// Parameters per part as state blobs hold them.
+pub(super) fn parameters(layout: &Layout, tensors: &dyn Tensors) -> Result<Vec<Vec<f32>>, VerifyError> {
+    let part = |part: &polder_protocol::layout::PartLayout| {
+        let mut values = Vec::new();
+        for tensor in &part.tensors {
+            let source = tensors.tensor(&tensor.name)?;
+            let expected: Vec<usize> = tensor.shape.iter().map(|size| *size as usize).collect();
+            if source.shape != expected {
+                return Err(VerifyError::Weights(WeightsError::Shape {
+                    path: tensors.place().to_owned(),
+                    tensor: tensor.name.clone(),
+                    expected,
+                    found: source.shape,
+                }));
+            }
+            let own = source
+                .to_f32()
+                .map_err(WeightsError::quant(tensors.place(), &tensor.name))?;
+            values.extend(own);
+        }
+        Ok(values)
+    };
+    layout.parts.iter().map(part).collect()
+}
+
+/// A micro-batch of all rows: the last token of each is only a target.
+pub(super) fn input<'a>(cases: &Cases, tokens: &'a [u32], hidden: &'a [f32]) -> TrainInput<'a> {
+    let (batch, seq) = shape(cases);
+    TrainInput {
+        tokens,
+        hidden,
+        batch,
+        seq,
+    }
+}
+
+fn shape(cases: &Cases) -> (u32, u32) {
+    let seq = cases.tokens.first().map_or(1, |row| row.len() - 1);
+    // Within the limit of tokens.
+    (cases.tokens.len() as u32, seq as u32)
+}
+
+/// An optimiser that is never asked to step.
+pub(super) fn inner(cases: &Cases) -> Inner {
+    let (batch, seq) = shape(cases);
+    Inner {
+        steps: 1,
+        batch,
+        micro_batches: 1,
+        seq,
+        learning_rate: 0.0,
+        warmup_steps: 0,
+        beta_1: 0.9,
+        beta_2: 0.95,
+        epsilon: 1e-8,
+        weight_decay: 0.0,
+        clip_norm: 0.0,
+        decay_ppm: 0,
+    }
+}
+
+fn by_name<'a>(layout: &'a Layout, parts: &'a [Vec<f32>]) -> BTreeMap<&'a str, &'a [f32]> {
+    let mut named = BTreeMap::new();
+    for (part, values) in layout.parts.iter().zip(parts) {
+        let mut rest = &values[..];
+        for tensor in &part.tensors {
+            let Some((own, others)) = rest.split_at_checked(tensor.elements().unwrap_or(0)) else {
+                break;
+            };
+            named.insert(tensor.name.as_str(), own);
+            rest = others;
+        }
+    }
+    named
+}
