@@ -1,6 +1,6 @@
 //! What a model is: its `config.json` becomes a description of blocks, a layout of tensors, and rotations.
 //!
-//! [`families`] has one file per family; each maps a configuration onto the shared parts of [`describe`].
+//! `families` has one file per family; each maps a configuration onto the shared parts of `describe`.
 
 mod config;
 pub(crate) mod describe;
