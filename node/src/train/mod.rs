@@ -395,6 +395,11 @@ impl TrainHandle {
         }
     }
 
+    /// A node is connected that was not.
+    pub fn peer_found(&self, node: NodeId) {
+        let _ = self.asks.try_send(Ask::Input(Box::new(Input::PeerFound { node })));
+    }
+
     /// The last connection to a node broke.
     pub fn peer_lost(&self, node: NodeId) {
         let _ = self.asks.try_send(Ask::Input(Box::new(Input::PeerLost { node })));

@@ -56,6 +56,7 @@ impl Planes {
                         train.stream_opened(opened.peer.node, &opened.header, Box::new(link));
                     }
                     event = events.recv() => match event {
+                        Ok(PeerEvent::Joined(peer)) => train.peer_found(peer.node),
                         Ok(PeerEvent::Left { node, .. }) => train.peer_lost(node),
                         Ok(_) => {}
                         // A lost peer that is not noticed here is noticed when its lease ends.

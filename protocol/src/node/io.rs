@@ -34,6 +34,11 @@ pub enum Input {
     Local(Command),
     /// The time of [`super::Node::wake_at`] has come.
     Wake,
+    /// A node is connected that was not.
+    PeerFound {
+        /// Which node.
+        node: NodeId,
+    },
     /// The last connection to a node broke.
     PeerLost {
         /// Which node.

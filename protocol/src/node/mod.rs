@@ -122,8 +122,8 @@ impl Node {
         match input {
             Input::Message { from, message } => self.on_message(now, from, message, effects),
             Input::Local(command) => self.on_command(now, command, effects),
-            // Whose job it was, the runs know; of lost peers and passing time, all may want to know.
-            Input::Done { .. } | Input::Wake | Input::PeerLost { .. } => {
+            // Whose job it was, the runs know; of peers that come and go and of passing time, all may want to know.
+            Input::Done { .. } | Input::Wake | Input::PeerFound { .. } | Input::PeerLost { .. } => {
                 for run in self.runs.values_mut() {
                     let mut step = Step {
                         now,

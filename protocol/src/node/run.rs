@@ -141,6 +141,7 @@ impl Run {
             Input::Message { from, message } => self.with(step, |run, ctx| run.on_message(ctx, from, message)),
             Input::Done { job, outcome } => self.with(step, |run, ctx| run.on_done(ctx, job, &outcome)),
             Input::Local(command) => self.with(step, |run, ctx| run.on_command(ctx, command)),
+            Input::PeerFound { node } => self.with(step, |run, ctx| run.on_found(ctx, node)),
             Input::PeerLost { node } => {
                 if let Some(steward) = &mut self.steward {
                     steward.on_lost(step.now, node);
@@ -203,6 +204,18 @@ impl Run {
             self.ask(ctx, steward, 0);
         }
         ctx.log.is_empty()
+    }
+
+    /// A steward tells a node that came of its run, and whoever waits for the steward says again what it wants: waiting
+    /// for the next head or try would cost rounds.
+    fn on_found(&mut self, ctx: &mut Context<'_>, node: NodeId) {
+        if self.steward.is_some() {
+            let head = ctx.head();
+            ctx.send(node, head);
+        }
+        if ctx.log.spec().is_some_and(|spec| spec.steward == node) {
+            self.trainer.on_steward_found();
+        }
     }
 
     fn on_message(&mut self, ctx: &mut Context<'_>, from: NodeId, message: RunMessage) {

@@ -376,6 +376,38 @@ fn a_steward_with_a_damaged_log_says_nothing_more() {
 }
 
 #[test]
+fn a_steward_tells_a_node_that_comes_of_its_run() {
+    let mut steward = Desk::steward(spec_of_one());
+    let effects = steward.step(Input::PeerFound { node: node(7) });
+    let is_head =
+        |effect: &Effect| matches!(effect, Effect::Send { to, message: RunMessage::Head { .. } } if *to == node(7));
+    assert!(effects.iter().any(is_head), "{effects:?}");
+}
+
+#[test]
+fn a_participant_says_again_what_it_wants_when_the_steward_comes_back() {
+    let (steward, mut participant) = pair();
+    participant.hear(&steward, 0);
+    let mut other = Desk::new(3);
+    other.run = participant.run;
+    other.local(Command::Join {
+        run: participant.run,
+        steward: node(1),
+        joining: joining(BLOCKS),
+    });
+    other.hear(&steward, 0);
+    let wishes = |effects: &[Effect]| {
+        sent(effects)
+            .filter(|message| matches!(message, RunMessage::Join { .. }))
+            .count()
+    };
+    // It has asked, and would ask again after a while only.
+    assert_eq!(wishes(&other.step(Input::Wake)), 0);
+    assert_eq!(wishes(&other.step(Input::PeerFound { node: node(2) })), 0);
+    assert_eq!(wishes(&other.step(Input::PeerFound { node: node(1) })), 1);
+}
+
+#[test]
 fn hears_of_runs_that_it_does_not_follow() {
     let mut desk = Desk::new(5);
     let run = spec().id();

@@ -240,6 +240,15 @@ impl Trainer {
         }
     }
 
+    /// The steward can be reached again: what was said in vain is said at once.
+    pub(crate) fn on_steward_found(&mut self) {
+        self.asking = Again::default();
+        self.alive_at = Instant(0);
+        for own in self.own.values_mut() {
+            own.again = Again::default();
+        }
+    }
+
     /// Finds own commits in a set.
     pub(crate) fn on_closed(&mut self, ctx: &mut Context<'_>, set: &[Contribution]) {
         for contribution in set {

@@ -58,6 +58,10 @@ pub(crate) enum Event {
         job: JobId,
         key: (ReplicaId, Round),
     },
+    Found {
+        host: usize,
+        peer: usize,
+    },
     Lost {
         host: usize,
         peer: usize,
@@ -308,6 +312,7 @@ impl Engine {
                     Ok(())
                 }
             }
+            Event::Found { host, peer } => self.step(host, Input::PeerFound { node: node_id(peer) }),
             Event::Lost { host, peer } => self.step(host, Input::PeerLost { node: node_id(peer) }),
             Event::Join { host } => {
                 self.hosts[host].wants_in = self.world.plans[host].blocks_max > 0;
@@ -389,11 +394,24 @@ impl Engine {
             &mut effects,
         ));
         self.carry_out(index, effects)?;
+        self.meet_others(index);
         if index == 0 && self.hosts[0].disk.run.entries.is_empty() {
             let spec = self.world.spec.clone();
             self.step(0, Input::Local(Command::Begin { spec }))?;
         }
         self.wish(index)
+    }
+
+    /// A host that has come connects to others; some notice, now or in a while.
+    fn meet_others(&mut self, index: usize) {
+        for other in (0..self.hosts.len()).filter(|other| *other != index) {
+            for (host, peer) in [(index, other), (other, index)] {
+                if self.random.chance(500_000) {
+                    let span = Span(self.random.below(2_000_000));
+                    self.after(span, Event::Found { host, peer });
+                }
+            }
+        }
     }
 
     /// A host's owner says what it is to do.
@@ -609,6 +627,7 @@ impl Engine {
             Event::Done { host, job, .. } => (2, *host as u64, job.0),
             Event::Failed { host, job, .. } => (3, *host as u64, job.0),
             Event::Unmet { host, job, .. } => (4, *host as u64, job.0),
+            Event::Found { host, peer } => (9, *host as u64, *peer as u64),
             Event::Lost { host, peer } => (5, *host as u64, *peer as u64),
             Event::Join { host } => (6, *host as u64, 0),
             Event::Fault(_) => (7, 0, 0),
