@@ -1,0 +1,177 @@
+//! What every family must do besides computing the right numbers: one position at a time, packed, imported, exported.
+
+use std::path::{Path, PathBuf};
+
+use polder_kernels::device::Device;
+use polder_kernels::model::Config;
+use polder_kernels::stage::{Input, Output, ServeStage, StageError, Want};
+use polder_kernels::weights::{Exported, ImportedModel, export, import};
+use polder_protocol::layout::BlockRange;
+use polder_protocol::work::Weights;
+
+const CASES: [&str; 18] = [
+    "llama_rope_llama3",
+    "llama_tied_sharded",
+    "mistral_sliding",
+    "ministral3_yarn",
+    "qwen2_bias",
+    "qwen3_qknorm",
+    "smollm3_nope",
+    "apertus_xielu",
+    "nemotron_dense",
+    "gemma3_text",
+    "mixtral_moe",
+    "qwen3_moe",
+    "deepseek_v2_lite",
+    "deepseek_v3",
+    "mistral4_mla",
+    "nemotron_h_moe",
+    "deepseek_v3_fp8",
+    "deepseek_v32_dsa",
+];
+
+#[test]
+fn positions_one_by_one_give_the_bits_of_a_prefill() {
+    for case in CASES.map(Case::import) {
+        let tokens = case.tokens(40);
+        let mut stage = case.stage(Weights::F32);
+        let prefill = logits(stage.forward(1, 0, Input::Tokens(&tokens), Want::AllLogits));
+        for (position, row) in (0u32..).zip(prefill.chunks_exact(case.config.vocabulary)) {
+            let one = &tokens[position as usize..=position as usize];
+            let own = logits(stage.forward(1, position, Input::Tokens(one), Want::LastLogits));
+            assert!(own == row, "{} at {position}", case.name);
+        }
+        // What a verifier does with rejected tokens.
+        let again = logits(stage.forward(1, 25, Input::Tokens(&tokens[25..]), Want::AllLogits));
+        assert!(again == prefill[25 * case.config.vocabulary..], "{}", case.name);
+    }
+}
+
+#[test]
+fn weights_as_stored_are_near_widened_ones() {
+    for case in CASES.map(Case::import) {
+        let tokens = case.tokens(17);
+        let run = |weights| {
+            let mut stage = case.stage(weights);
+            logits(stage.forward(1, 0, Input::Tokens(&tokens), Want::AllLogits))
+        };
+        let (packed, widened) = (run(Weights::Packed), run(Weights::F32));
+        let error = packed
+            .iter()
+            .zip(&widened)
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0, f32::max);
+        assert!(error < 1e-3, "{}: {error}", case.name);
+    }
+}
+
+#[test]
+fn an_exported_model_is_imported_as_the_same() {
+    for case in CASES.map(Case::import) {
+        let out = case.folder.path().join("exported");
+        let exported = Exported {
+            config_json: &case.model.config_json,
+            tokenizer_json: &case.model.tokenizer_json,
+            chat_template: None,
+            end_tokens: &case.model.end_tokens,
+            begin_token: case.model.begin_token,
+            part_files: &case.model.part_files,
+        };
+        export(&exported, &out).unwrap_or_else(|error| panic!("{}: {error}", case.name));
+        let again = import(&out, &case.folder.path().join("again"), &mut |_| {}).unwrap();
+        for (own, right) in again.part_files.iter().zip(&case.model.part_files) {
+            assert!(
+                std::fs::read(own).unwrap() == std::fs::read(right).unwrap(),
+                "{}",
+                case.name
+            );
+        }
+    }
+}
+
+#[test]
+fn a_recurrent_session_goes_back_as_far_as_it_promises_and_no_further() {
+    let case = Case::import("nemotron_h_moe");
+    let tokens = case.tokens(200);
+    let vocabulary = case.config.vocabulary;
+    let mut stage = case.stage(Weights::F32);
+    let prefill = logits(stage.forward(1, 0, Input::Tokens(&tokens), Want::AllLogits));
+    for from in [199, 160, 150, 136] {
+        let again = stage.forward(1, from, Input::Tokens(&tokens[from as usize..]), Want::AllLogits);
+        assert!(logits(again) == prefill[from as usize * vocabulary..], "{from}");
+    }
+    let too_far = stage.forward(1, 60, Input::Tokens(&tokens[60..61]), Want::LastLogits);
+    assert!(
+        matches!(too_far, Err(StageError::Rewind { position: 60, .. })),
+        "{too_far:?}"
+    );
+    let anew = stage.forward(1, 0, Input::Tokens(&tokens), Want::AllLogits);
+    assert!(logits(anew) == prefill);
+}
+
+#[test]
+fn a_cache_of_latents_does_not_grow_with_the_heads() {
+    let case = Case::import("deepseek_v3");
+    // Three blocks of a latent of 32 and one rotated key of 8, four bytes each.
+    assert_eq!(case.stage(Weights::F32).session_bytes(64), 64 * 3 * (32 + 8) * 4);
+}
+
+struct Case {
+    name: &'static str,
+    config: Config,
+    model: ImportedModel,
+    folder: tempfile::TempDir,
+}
+
+impl Case {
+    fn import(name: &'static str) -> Self {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+        let folder = tempfile::tempdir().unwrap();
+        let source = folder.path().join("source");
+        std::fs::create_dir(&source).unwrap();
+        for entry in std::fs::read_dir(golden).unwrap() {
+            let path: PathBuf = entry.unwrap().path();
+            let file = path.file_name().unwrap();
+            if file.to_str().unwrap().starts_with("model") || file == "config.json" {
+                std::fs::copy(&path, source.join(file)).unwrap();
+            }
+        }
+        std::fs::write(source.join("tokenizer.json"), polder_kernels::text::bytes()).unwrap();
+        let model = import(&source, &folder.path().join("imported"), &mut |_| {});
+        let model = model.unwrap_or_else(|error| panic!("{name}: {error:?}"));
+        Self {
+            name,
+            config: Config::from_json(&model.config_json).unwrap(),
+            model,
+            folder,
+        }
+    }
+
+    fn tokens(&self, count: u32) -> Vec<u32> {
+        (0..count)
+            .map(|i| (i * 37 + 5) % self.config.vocabulary as u32)
+            .collect()
+    }
+
+    /// The whole model, with a session of 256 positions.
+    fn stage(&self, weights: Weights) -> ServeStage {
+        let range = BlockRange::whole(self.config.blocks);
+        let stage = ServeStage::load(
+            &self.model.config_json,
+            range,
+            &self.model.part_files,
+            weights,
+            &Device::cpu(),
+        );
+        let mut stage = stage.unwrap_or_else(|error| panic!("{}: {error}", self.name));
+        stage.open_session(1, 256).unwrap();
+        stage
+    }
+}
+
+fn logits(output: Result<Output, StageError>) -> Vec<f32> {
+    match output.unwrap() {
+        Output::Logits(logits) => logits,
+        Output::Hidden(_) => panic!("a whole model gives logits"),
+    }
+}
