@@ -4,7 +4,9 @@ use super::{TextError, Tokenizer};
 
 /// What a decoder writes for bytes that are not (yet) UTF-8.
 const REPLACEMENT: char = '\u{fffd}';
-/// A letter has at most four bytes, and a token at least one: whoever waits longer waits in vain.
+/// Bytes of a letter at most; a token has at least one.
+const LETTER_BYTES_MAX: usize = 4;
+/// Twice as many tokens as a letter can take: whoever waits longer waits in vain.
 const WAIT_TOKENS_MAX: usize = 8;
 
 /// Takes token ids one at a time and gives out the text that they complete.
@@ -43,9 +45,35 @@ impl<'a> StreamDecoder<'a> {
         if text.is_empty() && waiting < WAIT_TOKENS_MAX {
             return Ok(None);
         }
+        if text.ends_with(REPLACEMENT)
+            && let Some(whole) = self.give_whole_letters()?
+        {
+            return Ok(Some(whole));
+        }
         self.window.drain(..self.given);
         self.given = self.window.len();
         Ok((!text.is_empty()).then_some(text))
+    }
+
+    /// Gives out all but the last tokens, where those may be half a letter behind replacement characters that were
+    /// written as such. `None` where no place to part leaves the text as it is.
+    fn give_whole_letters(&mut self) -> Result<Option<String>, TextError> {
+        let all = self.tokenizer.decode(&self.window)?;
+        let before = self.tokenizer.decode(&self.window[..self.given])?;
+        for half in (1..LETTER_BYTES_MAX).rev() {
+            let Some(end) = self.window.len().checked_sub(half).filter(|end| *end > self.given) else {
+                continue;
+            };
+            let whole = self.tokenizer.decode(&self.window[..end])?;
+            let new = whole.strip_prefix(&before).filter(|new| !new.is_empty());
+            if let (Some(new), true) = (new, all.starts_with(&whole)) {
+                let new = new.to_owned();
+                self.window.drain(..self.given);
+                self.given = end - self.given;
+                return Ok(Some(new));
+            }
+        }
+        Ok(None)
     }
 
     /// What is left when no more tokens come: half a letter becomes a replacement character.
@@ -90,6 +118,24 @@ mod tests {
         let expected = [Some("a"), None, None, Some("€"), Some("b")].map(|piece| piece.map(str::to_owned));
         assert_eq!(pieces, expected);
         assert_eq!(stream.finish().unwrap(), None);
+    }
+
+    #[test]
+    fn a_letter_behind_written_replacement_characters_comes_out_whole() {
+        let tokenizer = Tokenizer::from_bytes(&bytes()).unwrap();
+        for text in [
+            "\u{fffd}\u{fffd}\u{2190}",
+            "\u{fffd}\u{fffd}a\u{fffd}\u{1f600}",
+            "\u{fffd}\u{fffd}\u{fffd}é",
+        ] {
+            let mut stream = tokenizer.stream();
+            let mut joined = String::new();
+            for id in tokenizer.encode_bare(text).unwrap() {
+                joined.extend(stream.push(id).unwrap());
+            }
+            joined.extend(stream.finish().unwrap());
+            assert_eq!(joined, text);
+        }
     }
 
     #[test]

@@ -49,12 +49,12 @@ impl<'a> Tally<'a> {
         });
     }
 
-    /// Numbers as shares of the right ones.
-    pub(super) fn relative(&mut self, name: &str, pairs: &[(f64, f64)], tolerance: f64) {
-        let errors = pairs.iter().map(|(own, right)| match *right == 0.0 {
-            true => own.abs(),
-            false => (own / right - 1.0).abs(),
-        });
+    /// Numbers as shares of the right ones, or of `floor` where those are below it: what is nothing but rounding has no
+    /// digits to agree in.
+    pub(super) fn relative(&mut self, name: &str, pairs: &[(f64, f64)], floor: f64, tolerance: f64) {
+        let errors = pairs
+            .iter()
+            .map(|(own, right)| (own - right).abs() / right.abs().max(floor));
         self.errors(name, errors, Measure::Relative, tolerance);
     }
 

@@ -28,6 +28,8 @@ enum Kind {
 pub(super) fn read(keys: Keys<'_>) -> Result<Config, ConfigError> {
     keys.only_class("NemotronHForCausalLM")?;
     keys.must_be("attention_bias", false)?;
+    // The published code says that the head is the embedding, and transformers keeps one of its own.
+    keys.must_be("tie_word_embeddings", false)?;
     keys.must_be_absent(&["sliding_window"])?;
     keys.one_of("mamba_hidden_act", &["silu"])?;
     let kinds = kinds(keys)?;
@@ -122,7 +124,11 @@ impl Shapes {
                 hidden: base.hidden,
                 heads: heads.heads,
                 kv_heads: heads.kv_heads,
-                head_dim: keys.size_or("head_dim", HEAD_DIM_MAX, 128)?,
+                // Older configurations name it so.
+                head_dim: match keys.optional_size("head_dim", HEAD_DIM_MAX)? {
+                    Some(width) => width,
+                    None => keys.size_or("attention_head_dim", HEAD_DIM_MAX, 128)?,
+                },
                 qkv_bias: false,
                 o_bias: false,
                 qk_norm: None,
