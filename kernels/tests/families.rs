@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use polder_kernels::device::Device;
-use polder_kernels::model::Config;
+use polder_kernels::model::{Config, layout};
 use polder_kernels::stage::{Input, Output, ServeStage, StageError, Want};
 use polder_kernels::weights::{Exported, ImportedModel, export, import};
 use polder_protocol::layout::BlockRange;
 use polder_protocol::work::Weights;
+use serde_json::{Value, json};
 
 const CASES: [&str; 18] = [
     "llama_rope_llama3",
@@ -114,6 +115,53 @@ fn a_cache_of_latents_does_not_grow_with_the_heads() {
     let case = Case::import("deepseek_v3");
     // Three blocks of a latent of 32 and one rotated key of 8, four bytes each.
     assert_eq!(case.stage(Weights::F32).session_bytes(64), 64 * 3 * (32 + 8) * 4);
+}
+
+#[test]
+fn no_value_in_a_configuration_makes_its_reading_panic() {
+    let values = [
+        json!(null),
+        json!(0),
+        json!(1),
+        json!(2),
+        json!(3),
+        json!(7),
+        json!(1 << 20),
+        json!(1u64 << 40),
+        json!(-1),
+        json!(0.3),
+        json!(1e300),
+        json!("x"),
+        json!(true),
+        json!([]),
+        json!([1, 0]),
+        json!(["full_attention"]),
+        json!({}),
+        json!({"rope_type": "yarn"}),
+        json!({"rope_type": "yarn", "factor": 1e-9, "original_max_position_embeddings": 1e-9}),
+    ];
+    let (mut read, mut refused) = (0, 0);
+    for name in CASES {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+        let text = std::fs::read_to_string(golden.join("config.json")).unwrap();
+        let config: Value = serde_json::from_str(&text).unwrap();
+        let keys: Vec<String> = config.as_object().unwrap().keys().cloned().collect();
+        for (key, value) in keys.iter().flat_map(|key| values.iter().map(move |value| (key, value))) {
+            let mut changed = config.clone();
+            changed[key] = value.clone();
+            match Config::from_json(&changed.to_string()) {
+                Ok(config) => {
+                    read += 1;
+                    assert_eq!(layout(&config).blocks(), config.blocks);
+                }
+                Err(error) => {
+                    refused += 1;
+                    assert!(!error.to_string().is_empty());
+                }
+            }
+        }
+    }
+    assert!(read > 1_000 && refused > 1_000, "{read} {refused}");
 }
 
 struct Case {
