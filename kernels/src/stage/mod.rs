@@ -1,7 +1,9 @@
 //! Consecutive blocks of a model, loaded for serving: sessions, their caches, and the forward pass.
 
 mod cpu;
+mod engine;
 mod further;
+mod tensors;
 mod weights;
 
 use std::collections::BTreeMap;
@@ -14,8 +16,8 @@ use thiserror::Error;
 use crate::device::Device;
 use crate::model::{Config, ConfigError};
 use crate::weights::{Tensors, WeightsError};
-use cpu::{Engine, Sequence};
 pub(crate) use cpu::{Routing, Trace};
+use engine::Engine;
 use further::FurtherWeights;
 use weights::StageWeights;
 
@@ -56,6 +58,12 @@ pub enum StageError {
     Kind { takes: &'static str },
     #[error("the input holds numbers that are not finite")]
     NotFinite,
+    #[error("the device has no room for {bytes} bytes of {what}")]
+    DeviceMemory { what: &'static str, bytes: u64 },
+    #[error("{what} of {bytes} bytes exceeds the device's largest buffer of {limit}")]
+    DeviceBuffer { what: &'static str, bytes: u64, limit: u64 },
+    #[error("the device failed: {reason}")]
+    Device { reason: String },
 }
 
 impl StageError {
@@ -98,7 +106,8 @@ pub enum Output {
 
 /// Consecutive blocks of a model, with a cache of keys and values for each session.
 ///
-/// Positions give the same bits whether they come singly or together.
+/// On the CPU positions give the same bits whether they come singly or together. Any other device may choose another
+/// order of summation for another shape: results agree within rounding.
 #[derive(Debug)]
 pub struct ServeStage {
     config: Config,
@@ -113,13 +122,15 @@ pub struct ServeStage {
 struct Session {
     room: u32,
     reached: u32, // At most `room`.
-    sequence: Sequence,
     bytes: u64,
 }
 
 impl ServeStage {
-    /// Loads `range` from its part files, in the order of parts. It computes on the CPU whatever the device is; of the
-    /// device it takes how much room caches may have.
+    /// Loads `range` from its part files, in the order of parts.
+    ///
+    /// On the CPU `weights` says in which form matrices are kept and multiplied. Any other device computes a plain Llama
+    /// in tensors: there matrices are widened to f32, four bytes a parameter, whatever `weights` says. Other families
+    /// compute on the CPU whatever the device is.
     ///
     /// The last stage of a model whose projection is its embedding needs it too, unless it is also the first: the head's
     /// file holds it as `lm_head.weight`, or the embedding's file is given after the rest.
@@ -142,8 +153,13 @@ impl ServeStage {
                 blocks: config.blocks,
             });
         }
-        let read = StageWeights::read(&config, range, part_files, weights)?;
-        Ok(Self::with(config, range, read, device))
+        // What is uploaded is widened on its way; until then it may stay where it is.
+        let form = match Engine::in_tensors(&config, device) {
+            true => Weights::Packed,
+            false => weights,
+        };
+        let read = StageWeights::read(&config, range, part_files, form)?;
+        Self::with(config, range, read, device)
     }
 
     /// Loads a whole model from its tensors, widened.
@@ -160,18 +176,18 @@ impl ServeStage {
         device: &Device,
     ) -> Result<Self, StageError> {
         let read = StageWeights::from_tensors(&config, range, tensors, Weights::F32)?;
-        Ok(Self::with(config, range, read, device))
+        Self::with(config, range, read, device)
     }
 
-    fn with(config: Config, range: BlockRange, read: StageWeights, device: &Device) -> Self {
-        Self {
-            engine: Engine::new(config.clone(), range, read),
+    fn with(config: Config, range: BlockRange, read: StageWeights, device: &Device) -> Result<Self, StageError> {
+        Ok(Self {
+            engine: Engine::new(&config, range, read, device)?,
             config,
             range,
             sessions: BTreeMap::new(),
             cache_bytes: 0,
             cache_bytes_max: device.cache_bytes_max(),
-        }
+        })
     }
 
     /// Bytes that the weights take.
@@ -213,7 +229,7 @@ impl ServeStage {
     ///
     /// # Errors
     ///
-    /// [`StageError::Context`], [`StageError::Memory`] or [`StageError::Full`].
+    /// [`StageError::Context`], [`StageError::Memory`], [`StageError::Full`], or what the device says.
     pub fn open_session(&mut self, session: u64, context_tokens_max: u32) -> Result<(), StageError> {
         let max = self.config.context_tokens_max;
         if context_tokens_max == 0 || context_tokens_max > max {
@@ -231,14 +247,11 @@ impl ServeStage {
         if bytes > free {
             return Err(StageError::Memory { bytes, free });
         }
-        let Some(sequence) = self.engine.sequence(context_tokens_max as usize) else {
-            return Err(StageError::Memory { bytes, free: 0 });
-        };
+        self.engine.open(session, context_tokens_max as usize, bytes)?;
         self.cache_bytes += bytes;
         let session_state = Session {
             room: context_tokens_max,
             reached: 0,
-            sequence,
             bytes,
         };
         self.sessions.insert(session, session_state);
@@ -247,8 +260,9 @@ impl ServeStage {
 
     /// Frees a cache, if there is one.
     pub fn close_session(&mut self, session: u64) {
-        if let Some(session) = self.sessions.remove(&session) {
-            self.cache_bytes -= session.bytes;
+        if let Some(closed) = self.sessions.remove(&session) {
+            self.cache_bytes -= closed.bytes;
+            self.engine.close(session);
         }
     }
 
@@ -256,7 +270,7 @@ impl ServeStage {
     ///
     /// # Errors
     ///
-    /// [`StageError`]; the cache is as before.
+    /// [`StageError`]; the cache is as before, or ends at `position` where the device failed.
     pub fn forward(&mut self, session: u64, position: u32, input: Input<'_>, want: Want) -> Result<Output, StageError> {
         self.forward_traced(session, position, input, want, None)
     }
@@ -289,16 +303,15 @@ impl ServeStage {
                 room: state.room,
             });
         };
-        let earliest = state.sequence.earliest() as u32; // Within `room`.
+        let earliest = self.engine.earliest(session) as u32; // Within `room`.
         if position != 0 && position < earliest {
             return Err(StageError::Rewind { position, earliest });
         }
+        // A device that fails halfway has overwritten what came after.
+        state.reached = position;
+        let output = self.engine.forward(session, position as usize, input, want, trace)?;
         state.reached = end;
-        let (engine, sequence) = (&self.engine, &mut state.sequence);
-        // In a thread of the pool, so that each product need not enter it anew.
-        Ok(rayon::scope(|_| {
-            engine.forward(sequence, position as usize, input, want, trace)
-        }))
+        Ok(output)
     }
 
     /// The final norm of activations, at a stage with the head.

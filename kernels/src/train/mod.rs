@@ -7,6 +7,7 @@ mod files;
 mod goldfish;
 mod graph;
 mod initial;
+mod limits;
 mod muon;
 mod optimiser;
 #[cfg(test)]
@@ -72,6 +73,8 @@ pub enum TrainError {
     NoGradients,
     #[error("{what} holds numbers that are not finite")]
     NotFinite { what: &'static str },
+    #[error("{what} of {bytes} bytes exceeds the device's largest buffer of {limit}")]
+    DeviceBuffer { what: &'static str, bytes: u64, limit: u64 },
     #[error("the device failed: {reason}")]
     Device { reason: String },
 }
@@ -123,6 +126,8 @@ pub struct TrainStage {
     inner: Inner,
     steps_total: u64,
     device: burn::tensor::Device,
+    /// One tensor at most.
+    buffer_bytes_max: u64,
     /// Per part of `range`, as all vectors below.
     parameters: Vec<Vec<f32>>,
     moments: Vec<Moments>,
@@ -179,9 +184,11 @@ impl TrainStage {
         let config = Config::from_json(config_json)?;
         let layout = checked_layout(&config, range)?;
         check_sizes(&layout, range, &parameters)?;
+        limits::check_parameters(&layout, range, device.buffer_bytes_max())?;
         Ok(Self {
             moments: parameters.iter().map(|part| Moments::new(part.len())).collect(),
             device: device.tensors().clone(),
+            buffer_bytes_max: device.buffer_bytes_max(),
             config,
             layout,
             range,
@@ -486,8 +493,9 @@ impl TrainStage {
         self.check_tokens(tokens)?;
         self.check_tokens(&[start])?;
         let stream: Vec<u32> = core::iter::once(start).chain(tokens.iter().copied()).collect();
-        let leaves = Leaves::new(&self.layout, self.range, &self.parameters, &self.device);
         let seq = seq as usize;
+        limits::check_micro_batch(&self.config, self.range, SCORE_WINDOWS, seq, self.buffer_bytes_max)?;
+        let leaves = Leaves::new(&self.layout, self.range, &self.parameters, &self.device);
         let whole = tokens.len() / seq * seq;
         let batches = (0..whole)
             .step_by(seq * SCORE_WINDOWS)
@@ -575,6 +583,7 @@ impl TrainStage {
         if rows == 0 || rows > MICRO_BATCH_TOKENS_MAX {
             return Err(shape(0));
         }
+        limits::check_micro_batch(&self.config, self.range, batch_rows, seq_rows, self.buffer_bytes_max)?;
         let (first, last) = (self.range.has_embedding(), self.range.has_head(self.config.blocks));
         let (mut inputs, mut targets) = (Vec::new(), Vec::new());
         if first || last {

@@ -62,6 +62,11 @@ impl LoadedNorm {
         Self { kind, gain, bias }
     }
 
+    /// What each channel is multiplied by.
+    pub(in crate::stage) fn gain(&self) -> &[f32] {
+        &self.gain
+    }
+
     /// Norms each row of `x`.
     pub(super) fn apply(&self, out: &mut [f32], x: &[f32]) {
         match self.kind.centred {

@@ -11,10 +11,10 @@ use crate::stage::weights::PartReader;
 #[derive(Debug)]
 pub(in crate::stage) struct GroupedWeights {
     shape: Attention,
-    q: Dense,
-    k: Dense,
-    v: Dense,
-    o: Dense,
+    pub(in crate::stage) q: Dense,
+    pub(in crate::stage) k: Dense,
+    pub(in crate::stage) v: Dense,
+    pub(in crate::stage) o: Dense,
     q_norm: Option<LoadedNorm>,
     k_norm: Option<LoadedNorm>,
 }

@@ -51,8 +51,16 @@ impl Matrix {
         bytes as u64
     }
 
+    /// Inputs.
+    pub(in crate::stage) fn cols(&self) -> usize {
+        match self {
+            Self::Plain(plain) => plain.0.cols,
+            Self::Packed(packed) => packed.cols(),
+        }
+    }
+
     /// Writes row `row`, such as a token's embedding.
-    pub(super) fn row(&self, row: usize, out: &mut [f32]) {
+    pub(in crate::stage) fn row(&self, row: usize, out: &mut [f32]) {
         match self {
             Self::Plain(PlainMatrix(plain)) => out.copy_from_slice(&plain.data[row * plain.cols..][..plain.cols]),
             Self::Packed(packed) => packed.widen_row(row, out),

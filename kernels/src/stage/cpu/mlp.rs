@@ -9,9 +9,9 @@ use crate::stage::weights::PartReader;
 /// The weights of a perceptron.
 #[derive(Debug)]
 pub(in crate::stage) struct MlpWeights {
-    pub(super) gate: Option<Dense>,
-    pub(super) up: Dense,
-    pub(super) down: Dense,
+    pub(in crate::stage) gate: Option<Dense>,
+    pub(in crate::stage) up: Dense,
+    pub(in crate::stage) down: Dense,
     activation: Function,
 }
 

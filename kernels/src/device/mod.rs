@@ -1,7 +1,11 @@
 //! Which device computes, chosen at run time.
 //!
-//! A device that was asked for and is not there is a normal answer: the CPU takes over and says why. A software
-//! rasteriser is a CPU in disguise, and only taken when `wgpu` is asked for by name.
+//! A device that was asked for and is not there is a normal answer: the CPU takes over and says why. What computes no
+//! faster than the CPU's own engine is only taken when `wgpu` is asked for by name: a software rasteriser is a CPU in
+//! disguise, and an integrated GPU reads weights from the same memory, where the CPU keeps them packed.
+
+#[cfg(feature = "gpu")]
+mod graphics;
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,12 +15,12 @@ use thiserror::Error;
 /// What a person asks for with `--device`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Choice {
-    /// A GPU where there is one that this binary can drive, else the CPU.
+    /// A GPU with memory of its own where there is one that this binary can drive, else the CPU.
     #[default]
     Auto,
     /// The CPU.
     Cpu,
-    /// Whatever wgpu finds (Vulkan, Metal, DX12), a software rasteriser too; else the CPU.
+    /// Whatever wgpu finds (Vulkan, Metal, DX12), integrated GPUs and software rasterisers too; else the CPU.
     Wgpu,
 }
 
@@ -47,11 +51,17 @@ pub struct Device {
     tensors: burn::tensor::Device,
     name: String,
     memory_bytes: Option<u64>,
+    /// One tensor at most.
+    buffer_bytes_max: u64,
     is_cpu: bool,
+    #[cfg(feature = "gpu")]
+    graphics: Option<graphics::Graphics>,
 }
 
 /// Room for caches where a device's memory is not known.
 const CACHE_BYTES_UNKNOWN: u64 = 4 << 30;
+/// No device has so much; asking it would only take long.
+const TOO_LARGE: u64 = 1 << 42;
 
 impl Device {
     /// The CPU.
@@ -60,7 +70,20 @@ impl Device {
             tensors: burn::tensor::Device::flex(),
             name: format!("cpu ({}, {} threads)", instructions(), rayon::current_num_threads()),
             memory_bytes: None,
+            buffer_bytes_max: TOO_LARGE,
             is_cpu: true,
+            #[cfg(feature = "gpu")]
+            graphics: None,
+        }
+    }
+
+    /// The CPU, driven as a GPU is: stages compute in tensors. Slower than [`Device::cpu`]; it shows what is the
+    /// engine's doing and what a driver's.
+    pub fn cpu_in_tensors() -> Self {
+        Self {
+            name: format!("cpu ({}, in tensors)", instructions()),
+            is_cpu: false,
+            ..Self::cpu()
         }
     }
 
@@ -69,12 +92,12 @@ impl Device {
     pub fn choose(choice: Choice) -> (Self, Option<String>) {
         match choice {
             Choice::Cpu => (Self::cpu(), None),
-            Choice::Auto => match gpu(Rasteriser::Refused) {
+            Choice::Auto => match find(Slow::Refused) {
                 Ok(device) => (device, None),
                 // Nobody asked for a GPU, so its absence needs no reason.
                 Err(_) => (Self::cpu(), None),
             },
-            Choice::Wgpu => match gpu(Rasteriser::Taken) {
+            Choice::Wgpu => match find(Slow::Taken) {
                 Ok(device) => (device, None),
                 Err(reason) => (Self::cpu(), Some(reason)),
             },
@@ -91,9 +114,23 @@ impl Device {
         self.memory_bytes
     }
 
-    /// Whether it is the CPU, driven without a graphics interface.
+    /// Whether it is the CPU with its own engine, driven without a graphics interface.
     pub fn is_cpu(&self) -> bool {
         self.is_cpu
+    }
+
+    /// Bytes of one tensor at most.
+    pub(crate) fn buffer_bytes_max(&self) -> u64 {
+        self.buffer_bytes_max
+    }
+
+    /// Whether `bytes` more would fit now, as far as the driver knows.
+    pub(crate) fn has_room(&self, bytes: u64) -> bool {
+        #[cfg(feature = "gpu")]
+        if let Some(graphics) = &self.graphics {
+            return graphics.has_room(bytes);
+        }
+        bytes <= TOO_LARGE
     }
 
     /// What tensors are made on.
@@ -113,43 +150,20 @@ impl fmt::Display for Device {
     }
 }
 
-/// What to do with a graphics driver that computes on the CPU.
+/// What to do with a device that computes no faster than the CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Rasteriser {
+enum Slow {
     Refused,
     Taken,
 }
 
 #[cfg(not(feature = "gpu"))]
-fn gpu(_: Rasteriser) -> Result<Device, String> {
+fn find(_: Slow) -> Result<Device, String> {
     Err("this binary was built without the feature `gpu`".to_owned())
 }
 
 #[cfg(feature = "gpu")]
-fn gpu(rasteriser: Rasteriser) -> Result<Device, String> {
-    use burn::tensor::DeviceType;
-
-    // Drivers fail in more ways than they report; a panic in one is an absent device.
-    let set_up = || {
-        let found = format!("{:?}", burn::tensor::Device::enumerate(DeviceType::Wgpu).into_vec());
-        // Named DiscreteGpu(0), IntegratedGpu(0) or VirtualGpu(0); a rasteriser is of kind Cpu.
-        let real = found.contains("Gpu(");
-        if !real && rasteriser == Rasteriser::Refused {
-            return Err("no GPU was found".to_owned());
-        }
-        let kind = if real { "gpu" } else { "software rasteriser" };
-        let tensors = burn::tensor::Device::wgpu_options()
-            .init()
-            .map_err(|error| error.to_string())?;
-        Ok(Device {
-            tensors,
-            name: format!("wgpu ({kind})"),
-            memory_bytes: None,
-            is_cpu: false,
-        })
-    };
-    std::panic::catch_unwind(set_up).unwrap_or_else(|_| Err("the graphics driver failed".to_owned()))
-}
+use graphics::find;
 
 fn instructions() -> &'static str {
     #[cfg(target_arch = "x86_64")]

@@ -1,0 +1,12 @@
+//! A stage in tensors, on any device that burn drives: made for GPUs.
+//!
+//! Weights are widened to f32 and stay on the device, as do keys and values; activations come and go. Sums are made in
+//! the order that the device's kernels choose, so results are near the CPU's and not the same bits.
+
+mod attention;
+mod engine;
+mod shape;
+mod weight;
+
+pub(super) use engine::{Engine, Sequence};
+pub(super) use shape::Shape;

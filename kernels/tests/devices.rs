@@ -1,0 +1,306 @@
+//! Stages on other devices than the CPU's own engine: in tensors on the CPU, and on what wgpu finds.
+//!
+//! With the feature `gpu`, a software rasteriser such as lavapipe will do. Where wgpu finds nothing, these tests say so
+//! and compute on the CPU alone; with `POLDER_GPU_REQUIRED` set they fail.
+
+mod golden_case;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use golden_case::{Golden, largest, largest_difference};
+use polder_kernels::device::Device;
+use polder_kernels::stage::{Input, Output, ServeStage, StageError, Want};
+use polder_kernels::train::{TrainError, TrainInput, TrainOutput, TrainStage};
+use polder_protocol::layout::BlockRange;
+use polder_protocol::run::Inner;
+use polder_protocol::work::Weights;
+
+const CASES: [&str; 2] = ["llama_tied_sharded", "llama_rope_llama3"];
+
+#[test]
+fn served_logits_and_tokens_are_those_of_pytorch() {
+    on_every_device(|device| {
+        for golden in CASES.map(Golden::open) {
+            for (sequence, tokens) in golden.tokens.iter().enumerate() {
+                let mut whole = serve(&golden, BlockRange::whole(3), device);
+                let mut all = logits(&mut whole, 0, tokens, Want::AllLogits);
+                let error = largest_difference(&all, golden.case_of("logits", sequence));
+                assert!(error < golden.tolerance("logits_abs"), "{device}: {error}");
+                let mut chosen = Vec::new();
+                for position in tokens.len() as u32..tokens.len() as u32 + 12 {
+                    chosen.push(argmax(&all[all.len() - golden.config.vocabulary..]));
+                    all = logits(&mut whole, position, &chosen[chosen.len() - 1..], Want::LastLogits);
+                }
+                assert_eq!(chosen, golden.greedy(sequence), "{device}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_chain_of_stages_serves_what_the_whole_does() {
+    on_every_device(|device| {
+        for golden in CASES.map(Golden::open) {
+            let tokens = &golden.tokens[0];
+            let whole = logits(
+                &mut serve(&golden, BlockRange::whole(3), device),
+                0,
+                tokens,
+                Want::AllLogits,
+            );
+            let mut first = serve(&golden, BlockRange { first: 0, end: 2 }, device);
+            let mut last = serve(&golden, BlockRange { first: 2, end: 3 }, device);
+            let Output::Hidden(x) = first.forward(1, 0, Input::Tokens(tokens), Want::Hidden).unwrap() else {
+                panic!("no head");
+            };
+            let right = golden.case_of("hidden.2", 0);
+            let error = largest_difference(&x, right) / largest(right);
+            assert!(error < golden.tolerance("hidden_rel"), "{device}: {error}");
+            let Output::Logits(chained) = last.forward(1, 0, Input::Hidden(&x), Want::AllLogits).unwrap() else {
+                panic!("a head");
+            };
+            let error = largest_difference(&chained, &whole);
+            assert!(error < golden.tolerance("logits_abs"), "{device}: {error}");
+        }
+    });
+}
+
+#[test]
+fn positions_one_by_one_and_a_replay_are_near_a_prefill() {
+    on_every_device(|device| {
+        let golden = Golden::open("llama_rope_llama3");
+        let (tokens, vocabulary) = (&golden.tokens[1], golden.config.vocabulary);
+        let mut whole = serve(&golden, BlockRange::whole(3), device);
+        let prefill = logits(&mut whole, 0, tokens, Want::AllLogits);
+        for (position, row) in prefill.chunks_exact(vocabulary).enumerate() {
+            // The first rolls the session back to nothing.
+            let one = logits(
+                &mut whole,
+                position as u32,
+                &tokens[position..=position],
+                Want::LastLogits,
+            );
+            assert!(largest_difference(&one, row) < 1e-4, "{device}, {position}");
+        }
+        let again = logits(&mut whole, 5, &tokens[5..], Want::AllLogits);
+        assert!(
+            largest_difference(&again, &prefill[5 * vocabulary..]) < 1e-4,
+            "{device}"
+        );
+    });
+}
+
+#[test]
+fn sessions_do_not_see_each_other_and_long_prompts_go_in_chunks() {
+    on_every_device(|device| {
+        let golden = Golden::open("llama_rope_llama3");
+        let long: Vec<u32> = (0..300).map(|i| i * 7 % 512).collect();
+        let mut ours = serve(&golden, BlockRange::whole(3), device);
+        let mut cpu = serve(&golden, BlockRange::whole(3), &Device::cpu());
+        for stage in [&mut ours, &mut cpu] {
+            stage.open_session(2, 400).unwrap();
+            let short = stage.forward(1, 0, Input::Tokens(&[9, 9, 9]), Want::LastLogits);
+            assert!(short.is_ok(), "{device}");
+        }
+        let run = |stage: &mut ServeStage| match stage.forward(2, 0, Input::Tokens(&long), Want::LastLogits) {
+            Ok(Output::Logits(logits)) => logits,
+            other => panic!("{other:?}"),
+        };
+        let error = largest_difference(&run(&mut ours), &run(&mut cpu));
+        assert!(error < 1e-4, "{device}: {error}");
+    });
+}
+
+#[test]
+fn losses_and_gradients_are_those_of_the_cpu() {
+    on_every_device(|device| {
+        for golden in CASES.map(Golden::open) {
+            let tokens = golden.tokens.concat();
+            let run = |device: &Device| {
+                let mut stage = train(&golden, BlockRange::whole(3), device);
+                let loss = loss(stage.forward(0, batch(&tokens, &[])).unwrap()).0;
+                let norm = stage.square_sum(1).unwrap();
+                let gradients = stage.gradients().unwrap().to_vec();
+                stage.apply(0, norm).unwrap();
+                let score = stage.score(&tokens, tokens.len() as u64, 1, 8).unwrap();
+                (loss, gradients, score)
+            };
+            let (loss, gradients, score) = run(device);
+            let (right_loss, right_gradients, right_score) = run(&Device::cpu());
+            assert!((loss - right_loss).abs() < 1e-5, "{device}: {loss} {right_loss}");
+            assert!((score - right_score).abs() < 1e-4, "{device}: {score} {right_score}");
+            for (gradients, right) in gradients.iter().zip(&right_gradients) {
+                let error = largest_difference(gradients, right) / largest(right);
+                assert!(error < 1e-4, "{device}: {error}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_chain_of_two_trains_as_the_whole_does_on_the_cpu() {
+    on_every_device(|device| {
+        let golden = Golden::open("llama_rope_llama3");
+        let tokens = golden.tokens.concat();
+        let mut whole = train(&golden, BlockRange::whole(3), &Device::cpu());
+        let mut first = train(&golden, BlockRange { first: 0, end: 1 }, device);
+        let mut last = train(&golden, BlockRange { first: 1, end: 3 }, device);
+        for step in 0..2 {
+            let alone = loss(whole.forward(0, batch(&tokens, &[])).unwrap()).0;
+            let TrainOutput::Hidden(sent) = first.forward(0, batch(&tokens, &[])).unwrap() else {
+                panic!("no head");
+            };
+            let (chained, gradient) = loss(last.forward(0, batch(&tokens, &sent)).unwrap());
+            assert!((chained - alone).abs() < 1e-4, "{device}: {chained} {alone}");
+            assert!(first.backward(0, &gradient).unwrap().is_empty());
+            let sum = whole.square_sum(1).unwrap();
+            let sums = first.square_sum(1).unwrap() + last.square_sum(1).unwrap();
+            assert!((sums / sum - 1.0).abs() < 1e-3, "{device}: {sums} {sum}");
+            let chained = [first.gradients().unwrap(), last.gradients().unwrap()].concat();
+            for (gradients, right) in chained.iter().zip(whole.gradients().unwrap()) {
+                let error = largest_difference(gradients, right) / largest(right);
+                assert!(error < 1e-3, "{device}, step {step}: {error}");
+            }
+            whole.apply(step, sum).unwrap();
+            for stage in [&mut first, &mut last] {
+                stage.apply(step, sums).unwrap();
+            }
+        }
+    });
+}
+
+#[test]
+fn what_does_not_fit_a_device_is_refused() {
+    on_every_device(|device| {
+        let golden = Golden::open("llama_rope_llama3");
+        let config = golden.config_json.replace(
+            "\"max_position_embeddings\": 512",
+            "\"max_position_embeddings\": 60000000",
+        );
+        assert_ne!(config, golden.config_json);
+        let range = BlockRange { first: 1, end: 2 };
+        let files = &golden.part_files[2..3];
+        let mut stage = ServeStage::load(&config, range, files, Weights::F32, device).unwrap();
+        // Not on the CPU, which would set about it.
+        if device.name().starts_with("wgpu") {
+            stage.set_cache_bytes_max(u64::MAX);
+            let refused = stage.open_session(1, 60_000_000);
+            assert!(
+                matches!(
+                    refused,
+                    Err(StageError::DeviceBuffer { .. } | StageError::DeviceMemory { .. })
+                ),
+                "{refused:?}"
+            );
+        }
+        assert_eq!(stage.open_session(2, 64), Ok(()), "{device}");
+
+        let mut stage = train(&golden, BlockRange { first: 1, end: 2 }, device);
+        let input = TrainInput {
+            tokens: &[],
+            hidden: &[],
+            batch: 1,
+            seq: 1 << 20,
+        };
+        let refused = stage.forward(0, input);
+        assert!(matches!(refused, Err(TrainError::DeviceBuffer { .. })), "{refused:?}");
+    });
+}
+
+/// One device is computed on at a time: a driver that compiles for several threads is only slower.
+static TURN: Mutex<()> = Mutex::new(());
+
+fn on_every_device(test: impl Fn(&Device)) {
+    let _turn: MutexGuard<'_, ()> = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    test(&Device::cpu_in_tensors());
+    if let Some(device) = graphics_device() {
+        let began = std::time::Instant::now();
+        test(device);
+        println!("{device}: {:.1} s", began.elapsed().as_secs_f64());
+    }
+}
+
+#[cfg(feature = "gpu")]
+fn graphics_device() -> Option<&'static Device> {
+    use polder_kernels::device::Choice;
+    use std::sync::OnceLock;
+
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    let device = DEVICE.get_or_init(|| {
+        let (device, reason) = Device::choose(Choice::Wgpu);
+        match reason {
+            Some(reason) if std::env::var_os("POLDER_GPU_REQUIRED").is_some() => panic!("{reason}"),
+            Some(reason) => println!("skipped on a graphics device: {reason}"),
+            None => println!("device: {device}"),
+        }
+        device
+    });
+    (!device.is_cpu()).then_some(device)
+}
+
+#[cfg(not(feature = "gpu"))]
+fn graphics_device() -> Option<&'static Device> {
+    None
+}
+
+fn serve(golden: &Golden, range: BlockRange, device: &Device) -> ServeStage {
+    let parts = range.parts(golden.config.blocks);
+    let mut files = golden.part_files[parts.start as usize..parts.end as usize].to_vec();
+    if golden.config.tied && range.first > 0 && range.has_head(golden.config.blocks) {
+        files.push(golden.part_files[0].clone());
+    }
+    let mut stage = ServeStage::load(&golden.config_json, range, &files, Weights::F32, device).unwrap();
+    stage.open_session(1, 64).unwrap();
+    stage
+}
+
+fn logits(stage: &mut ServeStage, position: u32, tokens: &[u32], want: Want) -> Vec<f32> {
+    match stage.forward(1, position, Input::Tokens(tokens), want).unwrap() {
+        Output::Logits(logits) => logits,
+        Output::Hidden(_) => panic!("no head"),
+    }
+}
+
+fn train(golden: &Golden, range: BlockRange, device: &Device) -> TrainStage {
+    let parts = range.parts(golden.config.blocks);
+    let parameters = golden.parameters()[parts.start as usize..parts.end as usize].to_vec();
+    TrainStage::new(&golden.config_json, range, parameters, inner(), 10, device).unwrap()
+}
+
+fn batch<'a>(tokens: &'a [u32], hidden: &'a [f32]) -> TrainInput<'a> {
+    TrainInput {
+        tokens,
+        hidden,
+        batch: 2,
+        seq: 16,
+    }
+}
+
+fn loss(output: TrainOutput) -> (f32, Vec<f32>) {
+    match output {
+        TrainOutput::Loss { loss, input_gradient } => (loss, input_gradient),
+        TrainOutput::Hidden(_) => panic!("no head"),
+    }
+}
+
+fn argmax(logits: &[f32]) -> u32 {
+    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap();
+    best.0 as u32
+}
+
+fn inner() -> Inner {
+    Inner {
+        steps: 10,
+        batch: 2,
+        micro_batches: 1,
+        seq: 16,
+        learning_rate: 0.01,
+        warmup_steps: 4,
+        beta_1: 0.9,
+        beta_2: 0.95,
+        epsilon: 1e-8,
+        weight_decay: 0.1,
+        clip_norm: 1.0,
+        decay_ppm: 200_000,
+    }
+}
