@@ -308,6 +308,10 @@ pub enum Answer {
         name: String,
         /// Bytes of its memory, where known.
         memory_bytes: Option<u64>,
+        /// Whether it is the CPU.
+        is_cpu: bool,
+        /// Why it is not the device that was asked for, where it is another.
+        fell_back: Option<String>,
     },
     /// A stage is ready.
     Loaded {

@@ -13,7 +13,7 @@ use polder_node::epochs::Epochs;
 use polder_protocol::blob::blob_id;
 use polder_protocol::epoch::Epoch;
 use polder_protocol::hash::{BlobId, EpochId};
-use polder_worker::DeviceChoice;
+use polder_worker::Choice;
 use polder_worker::models::{self, ImportedModel, PartFile, Report, Summary};
 use serde::Serialize;
 
@@ -53,7 +53,7 @@ enum Verb {
         model: String,
         /// Where the training engine computes a folder's cases: auto, cpu or wgpu
         #[arg(long, default_value = "cpu")]
-        device: DeviceChoice,
+        device: Choice,
     },
 }
 
@@ -252,7 +252,7 @@ fn verify(context: &Context, wanted: &str) -> anyhow::Result<()> {
 }
 
 /// Prints every quantity, and fails where one is outside its tolerance.
-fn compare(context: &Context, folder: &Path, device: DeviceChoice) -> anyhow::Result<()> {
+fn compare(context: &Context, folder: &Path, device: Choice) -> anyhow::Result<()> {
     let report = models::verify(folder, device)
         .with_context(|| format!("cannot verify {}", folder.display()))
         .hint("a folder to verify holds config.json, safetensors, cases.safetensors and expected.json")?;

@@ -48,13 +48,17 @@ impl fmt::Display for Answer {
             None => writeln!(f, "works       yes")?,
             Some(reason) => writeln!(f, "works       no: {reason}")?,
         }
-        match (&status.device.running, &status.device.reason) {
-            (true, _) => writeln!(f, "worker      running")?,
-            (false, reason) => writeln!(
+        match (&status.device.running, &status.device.reason, &status.device.name) {
+            (true, _, Some(name)) => writeln!(f, "worker      running on {name}")?,
+            (true, _, None) => writeln!(f, "worker      running")?,
+            (false, reason, _) => writeln!(
                 f,
                 "worker      ended ({})",
                 reason.as_deref().unwrap_or("no reason known")
             )?,
+        }
+        if let Some(reason) = &status.device.fell_back {
+            writeln!(f, "            not what was asked for: {reason}")?;
         }
         let traffic = status.traffic;
         writeln!(

@@ -60,6 +60,10 @@ pub struct DeviceStatus {
     pub running: bool,
     /// Why it does not.
     pub reason: Option<String>,
+    /// What it computes on, such as `cpu (AVX-512, 2 threads)`; none until it has told.
+    pub name: Option<String>,
+    /// Why that is not the device that was asked for, where it is another.
+    pub fell_back: Option<String>,
 }
 
 /// A member that the node has met.
@@ -94,15 +98,19 @@ impl Shared {
             Working::Yes => None,
             Working::No(reason) => Some(reason.clone()),
         };
-        let device = match &*self.device.life().borrow() {
-            Life::Running(_) => DeviceStatus {
-                running: true,
-                reason: None,
-            },
-            Life::Down(reason) => DeviceStatus {
-                running: false,
-                reason: Some(reason.clone()),
-            },
+        let reason = match &*self.device.life().borrow() {
+            Life::Running(_) => None,
+            Life::Down(reason) => Some(reason.clone()),
+        };
+        let (name, fell_back) = match self.device.description() {
+            Some(described) => (Some(described.name), described.fell_back),
+            None => (None, None),
+        };
+        let device = DeviceStatus {
+            running: reason.is_none(),
+            reason,
+            name,
+            fell_back,
         };
         Status {
             node: self.control.node().to_string(),

@@ -17,6 +17,11 @@ pub trait Launch: Send + Sync + 'static {
     ///
     /// What the system says.
     fn launch(&self) -> io::Result<Launched>;
+
+    /// The same, computing on the CPU; `None` where it does so already.
+    fn on_cpu(&self) -> Option<Box<dyn Launch>> {
+        None
+    }
 }
 
 /// A worker that has just been started.
@@ -78,10 +83,14 @@ impl Process {
 
     /// Which device: `auto`, `cpu` or `wgpu`. Without it, `auto`.
     #[must_use]
-    pub fn device(self, device: &str) -> Self {
-        self.variable("POLDER_WORKER_DEVICE", device)
+    pub fn device(mut self, device: &str) -> Self {
+        self.environment.retain(|(name, _)| name != DEVICE_VARIABLE);
+        self.variable(DEVICE_VARIABLE, device)
     }
 }
+
+/// Where a worker reads which device to use.
+const DEVICE_VARIABLE: &str = "POLDER_WORKER_DEVICE";
 
 impl Launch for Process {
     fn launch(&self) -> io::Result<Launched> {
@@ -103,6 +112,11 @@ impl Launch for Process {
             output: Box::new(output),
             child: Some(child),
         })
+    }
+
+    fn on_cpu(&self) -> Option<Box<dyn Launch>> {
+        let is_there = (self.environment.iter()).any(|(name, value)| name == DEVICE_VARIABLE && value == "cpu");
+        (!is_there).then(|| Box::new(self.clone().device("cpu")) as Box<dyn Launch>)
     }
 }
 

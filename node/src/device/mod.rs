@@ -2,12 +2,15 @@
 //!
 //! Any number of orders may be under way; the worker answers them in order. A worker that dies by itself is started
 //! again after a wait that doubles from a quarter of a second to half a minute; one that was killed stays down until
-//! [`Device::start_again`]. Whatever a worker had loaded is gone with it: watch [`Device::life`].
+//! [`Device::start_again`]. Whatever a worker had loaded is gone with it: watch [`Device::life`]. A worker whose device
+//! fails again and again is started on the CPU.
 
+mod fallback;
 mod launch;
 mod line;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -18,6 +21,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
+use fallback::Crashes;
 pub use launch::{Launch, Launched, Process};
 use line::Line;
 
@@ -42,6 +46,19 @@ pub enum Life {
     Running(u64),
     /// No, for this reason.
     Down(String),
+}
+
+/// What a worker says of its device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Description {
+    /// Such as `cpu (AVX-512, 2 threads)`.
+    pub name: String,
+    /// Bytes of its memory, where known.
+    pub memory_bytes: Option<u64>,
+    /// Whether it is the CPU.
+    pub is_cpu: bool,
+    /// Why it is not the device that was asked for, where it is another.
+    pub fell_back: Option<String>,
 }
 
 /// Why an order came to nothing.
@@ -95,6 +112,8 @@ enum Wanted {
 struct Shared {
     line: Mutex<Option<Line>>,
     life: watch::Sender<Life>,
+    /// Of the worker that runs, once it has told; its `fell_back` is the supervisor's where that gave the device up.
+    description: Mutex<Option<Description>>,
 }
 
 impl Device {
@@ -114,6 +133,7 @@ impl Device {
         let shared = Arc::new(Shared {
             line: Mutex::new(None),
             life: watch::Sender::new(Life::Down("it was not started".to_owned())),
+            description: Mutex::new(None),
         });
         tokio::spawn(supervise(launch, Arc::clone(&shared), seen));
         let wanted = Arc::new(wanted);
@@ -155,6 +175,11 @@ impl Device {
         self.shared.life.subscribe()
     }
 
+    /// What the worker says of its device; `None` until it has, and when there is none.
+    pub fn description(&self) -> Option<Description> {
+        self.shared.described().clone()
+    }
+
     fn line(&self) -> Option<Line> {
         self.shared.line.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -176,9 +201,17 @@ impl Device {
     }
 }
 
+impl Shared {
+    fn described(&self) -> MutexGuard<'_, Option<Description>> {
+        self.description.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Keeps a worker alive while one is wanted, until all handles are gone.
 async fn supervise(launch: impl Launch, shared: Arc<Shared>, mut wanted: watch::Receiver<Wanted>) {
+    let mut launch: Box<dyn Launch> = Box::new(launch);
     let mut backoff = BACKOFF_MIN;
+    let (mut crashes, mut given_up) = (Crashes::default(), None);
     for number in 1.. {
         if wanted.wait_for(|wanted| *wanted == Wanted::Running).await.is_err() {
             return;
@@ -187,11 +220,12 @@ async fn supervise(launch: impl Launch, shared: Arc<Shared>, mut wanted: watch::
         let reason = match launch.launch() {
             Ok(launched) => {
                 info!(life = number, "worker started");
-                live(launched, number, &shared, &mut wanted).await
+                live(launched, number, &shared, &mut wanted, given_up.as_deref()).await
             }
             Err(error) => format!("it could not be started: {error}"),
         };
         *shared.line.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let description = shared.described().take();
         shared.life.send_replace(Life::Down(reason.clone()));
         let down_is_wanted = wanted.has_changed().is_err() || *wanted.borrow_and_update() == Wanted::Down;
         if down_is_wanted {
@@ -201,6 +235,15 @@ async fn supervise(launch: impl Launch, shared: Arc<Shared>, mut wanted: watch::
         if began.elapsed() >= HEALTHY_AFTER {
             backoff = BACKOFF_MIN;
         }
+        if given_up.is_none()
+            && let Some(on_cpu) = launch.on_cpu()
+        {
+            given_up = crashes.count(began.elapsed(), description.as_ref(), &reason);
+            if let Some(told) = &given_up {
+                warn!(life = number, "{told}");
+                launch = on_cpu;
+            }
+        }
         warn!(life = number, reason, wait_millis = backoff.as_millis(), "worker died");
         // A kill during the wait is seen above.
         let _ = tokio::time::timeout(backoff, wanted.changed()).await;
@@ -209,7 +252,13 @@ async fn supervise(launch: impl Launch, shared: Arc<Shared>, mut wanted: watch::
 }
 
 /// One worker from start to end. Answers with why it ended.
-async fn live(mut launched: Launched, number: u64, shared: &Shared, wanted: &mut watch::Receiver<Wanted>) -> String {
+async fn live(
+    mut launched: Launched,
+    number: u64,
+    shared: &Shared,
+    wanted: &mut watch::Receiver<Wanted>,
+    given_up: Option<&str>,
+) -> String {
     let (line, serving) = Line::over(launched.input, launched.output);
     *shared.line.lock().unwrap_or_else(PoisonError::into_inner) = Some(line.clone());
     shared.life.send_replace(Life::Running(number));
@@ -220,6 +269,7 @@ async fn live(mut launched: Launched, number: u64, shared: &Shared, wanted: &mut
     let (mut reason, killed) = tokio::select! {
         reason = serving => (reason, false),
         () = killed => ("it was told to end".to_owned(), true),
+        never = describe(&line, shared, given_up) => match never {},
     };
     if let Some(child) = &mut launched.child {
         // A worker that ended by itself has a status to show; one that hangs is ended.
@@ -239,6 +289,27 @@ async fn live(mut launched: Launched, number: u64, shared: &Shared, wanted: &mut
     }
     line.close(&reason);
     reason
+}
+
+/// Asks a worker for its device, and keeps the answer.
+async fn describe(line: &Line, shared: &Shared, given_up: Option<&str>) -> Infallible {
+    if let Ok((answer, _)) = line.order(Task::Hello, Bytes::new()).await
+        && let Answer::Device {
+            name,
+            memory_bytes,
+            is_cpu,
+            fell_back,
+        } = answer
+    {
+        info!(device = name, fell_back, "the worker computes");
+        *shared.described() = Some(Description {
+            name,
+            memory_bytes,
+            is_cpu,
+            fell_back: given_up.map(str::to_owned).or(fell_back),
+        });
+    }
+    std::future::pending().await
 }
 
 #[cfg(test)]
@@ -310,6 +381,52 @@ mod tests {
         let device = Device::start(shell("exit 1"));
         let mut life = device.life();
         life.wait_for(|life| *life == Life::Running(2)).await.unwrap();
+    }
+
+    /// Dies at once, unless it is told to compute on the CPU.
+    #[tokio::test]
+    async fn a_worker_that_dies_twice_on_its_device_is_started_on_the_cpu() {
+        let script = "[ \"$POLDER_WORKER_DEVICE\" = cpu ] || exit 74; exec cat";
+        let device = Device::start(shell(script).device("wgpu"));
+        let mut life = device.life();
+        life.wait_for(|life| *life == Life::Running(3)).await.unwrap();
+        let answer = device.order(Task::Hello, Bytes::from_static(b"served")).await;
+        assert_eq!(answer, Ok((Answer::Done, Bytes::from_static(b"served"))));
+    }
+
+    #[tokio::test]
+    async fn a_worker_says_what_it_computes_on() {
+        let (input, orders) = tokio::io::duplex(1 << 16);
+        let (mut replies, output) = tokio::io::duplex(1 << 16);
+        let shared = Shared {
+            line: Mutex::new(None),
+            life: watch::Sender::new(Life::Running(1)),
+            description: Mutex::new(None),
+        };
+        let (line, serving) = Line::over(input, output);
+        let answer = Answer::Device {
+            name: "cpu (2 threads)".to_owned(),
+            memory_bytes: Some(5),
+            is_cpu: true,
+            fell_back: None,
+        };
+        let reply = polder_protocol::work::Reply { id: 1, answer };
+        let start = polder_protocol::work::frame::frame_start(&reply, 0).unwrap();
+        let told = async {
+            tokio::io::AsyncWriteExt::write_all(&mut replies, &start).await.unwrap();
+            while shared.described().is_none() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            never = describe(&line, &shared, Some("the card failed")) => match never {},
+            reason = serving => panic!("{reason}"),
+            () = told => {}
+        }
+        drop(orders);
+        let description = shared.described().clone().unwrap();
+        assert_eq!(description.name, "cpu (2 threads)");
+        assert_eq!(description.fell_back.as_deref(), Some("the card failed"));
     }
 
     #[tokio::test]

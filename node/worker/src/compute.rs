@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use polder_kernels::device::Device;
+use polder_kernels::device::{Choice, Device};
 use polder_kernels::sample::sample;
-use polder_kernels::stage::{Input, Output, ServeStage, Want};
+use polder_kernels::stage::{Input, Output, ServeStage, StageError, Want};
 use polder_kernels::text::Tokenizer;
-use polder_kernels::train::{TrainData, TrainInput, TrainOutput, TrainStage};
+use polder_kernels::train::{TrainData, TrainError, TrainInput, TrainOutput, TrainStage};
 use polder_protocol::run::Boundary;
 use polder_protocol::work::{Answer, Sampling, StageId, Task};
+use tracing::{error, info, warn};
 
 use crate::boundary;
 use crate::host::Engine;
@@ -17,32 +18,121 @@ use crate::host::Engine;
 /// Computes. Its stages are forgotten with it.
 pub(crate) struct Compute {
     device: Device,
+    /// Why the device is not the one that was asked for.
+    fell_back: Option<String>,
+    /// Why the device cannot go on. A driver that failed once has lost what was loaded, or answers anything.
+    broken: Option<String>,
     serving: BTreeMap<StageId, ServeStage>,
     training: BTreeMap<StageId, TrainStage>,
     data: TrainData,
     tokenizer: Option<Tokenizer>,
 }
 
-type Performed = Result<(Answer, Vec<u8>), String>;
+type Performed = Result<(Answer, Vec<u8>), Failure>;
 
 impl Compute {
-    pub(crate) fn new(device: Device) -> Self {
+    /// Sets up the device that was chosen, or the CPU in its place. Called on the thread that computes.
+    pub(crate) fn open(choice: Choice) -> Self {
+        let (device, fell_back) = Device::choose(choice);
+        match &fell_back {
+            Some(reason) => warn!(%device, reason, "the device that was asked for cannot be used"),
+            None => info!(%device, "device"),
+        }
+        Self::new(device, fell_back)
+    }
+
+    fn new(device: Device, fell_back: Option<String>) -> Self {
         Self {
             device,
+            fell_back,
+            broken: None,
             serving: BTreeMap::new(),
             training: BTreeMap::new(),
             data: TrainData::new(),
             tokenizer: None,
         }
     }
+
+    /// Remembers that the device cannot go on. The CPU always can.
+    fn breaks(&mut self, reason: &str) {
+        if !self.device.is_cpu() {
+            self.broken = Some(reason.to_owned());
+        }
+    }
 }
 
 impl Engine for Compute {
-    fn perform(&mut self, task: Task, payload: Vec<u8>) -> Performed {
+    fn perform(&mut self, task: Task, payload: Vec<u8>) -> Result<(Answer, Vec<u8>), String> {
+        self.carry_out(task, &payload).map_err(|failure| {
+            if failure.of_device {
+                self.breaks(&failure.reason);
+            }
+            failure.reason
+        })
+    }
+
+    fn panicked(&mut self, message: &str) {
+        self.breaks(message);
+    }
+
+    fn answered(&mut self) {
+        if let Some(reason) = &self.broken {
+            error!(device = %self.device, reason, "the device failed; the worker ends, so that another starts afresh");
+            std::process::exit(DEVICE_FAILED);
+        }
+    }
+}
+
+/// The status of a worker that ends because its device failed; `EX_IOERR` of sysexits.
+const DEVICE_FAILED: i32 = 74;
+
+/// Why an order came to nothing.
+#[derive(Debug)]
+struct Failure {
+    reason: String,
+    /// Whether the device is at fault, rather than what was asked of it.
+    of_device: bool,
+}
+
+impl From<String> for Failure {
+    fn from(reason: String) -> Self {
+        let of_device = false;
+        Self { reason, of_device }
+    }
+}
+
+impl From<&str> for Failure {
+    fn from(reason: &str) -> Self {
+        reason.to_owned().into()
+    }
+}
+
+impl From<StageError> for Failure {
+    fn from(error: StageError) -> Self {
+        Self {
+            reason: error.to_string(),
+            of_device: matches!(error, StageError::Device { .. }),
+        }
+    }
+}
+
+impl From<TrainError> for Failure {
+    fn from(error: TrainError) -> Self {
+        Self {
+            reason: error.to_string(),
+            of_device: matches!(error, TrainError::Device { .. }),
+        }
+    }
+}
+
+impl Compute {
+    fn carry_out(&mut self, task: Task, payload: &[u8]) -> Performed {
         match task {
             Task::Hello => done(Answer::Device {
                 name: self.device.name().to_owned(),
                 memory_bytes: self.device.memory_bytes(),
+                is_cpu: self.device.is_cpu(),
+                fell_back: self.fell_back.clone(),
             }),
             Task::Load {
                 stage,
@@ -53,8 +143,7 @@ impl Engine for Compute {
             } => {
                 // The old one goes first: both may not fit.
                 self.serving.remove(&stage);
-                let loaded = ServeStage::load(&config_json, range, &part_files, weights, &self.device);
-                let loaded = loaded.map_err(|error| error.to_string())?;
+                let loaded = ServeStage::load(&config_json, range, &part_files, weights, &self.device)?;
                 let answer = Answer::Loaded {
                     bytes: loaded.weight_bytes(),
                     hidden: width(loaded.hidden()),
@@ -72,8 +161,7 @@ impl Engine for Compute {
                 session,
                 context_tokens_max,
             } => {
-                let opened = self.serving(stage)?.open_session(session, context_tokens_max);
-                opened.map_err(|error| error.to_string())?;
+                self.serving(stage)?.open_session(session, context_tokens_max)?;
                 done(Answer::Done)
             }
             Task::CloseSession { stage, session } => {
@@ -88,13 +176,11 @@ impl Engine for Compute {
                 position,
                 tokens,
                 sample,
-            } => self.forward(stage, session, position, &tokens, sample.as_ref(), &payload),
-            task => self.train(task, &payload),
+            } => self.forward(stage, session, position, &tokens, sample.as_ref(), payload),
+            task => self.train(task, payload),
         }
     }
-}
 
-impl Compute {
     fn serving(&mut self, stage: StageId) -> Result<&mut ServeStage, String> {
         self.serving
             .get_mut(&stage)
@@ -129,10 +215,7 @@ impl Compute {
         } else {
             Want::AllLogits
         };
-        let output = stage
-            .forward(session, position, input, want)
-            .map_err(|error| error.to_string())?;
-        match (output, sampling) {
+        match (stage.forward(session, position, input, want)?, sampling) {
             (Output::Hidden(rows), _) => Ok((Answer::Hidden, boundary::write(&rows, Boundary::F32))),
             (Output::Logits(logits), None) => Ok((Answer::Logits, boundary::write(&logits, Boundary::F32))),
             (Output::Logits(logits), Some(sampling)) => {
@@ -148,7 +231,6 @@ impl Compute {
     }
 
     fn train(&mut self, task: Task, payload: &[u8]) -> Performed {
-        let text = |error: polder_kernels::train::TrainError| error.to_string();
         match task {
             Task::TrainLoad {
                 stage,
@@ -159,8 +241,7 @@ impl Compute {
                 steps_total,
             } => {
                 self.training.remove(&stage);
-                let loaded = TrainStage::load(&config_json, range, &part_files, inner, steps_total, &self.device);
-                let loaded = loaded.map_err(text)?;
+                let loaded = TrainStage::load(&config_json, range, &part_files, inner, steps_total, &self.device)?;
                 let answer = Answer::Loaded {
                     bytes: loaded.bytes(),
                     hidden: width(loaded.hidden()),
@@ -169,7 +250,7 @@ impl Compute {
                 done(answer)
             }
             Task::TrainSet { stage, part_files } => {
-                self.training(stage)?.set(&part_files).map_err(text)?;
+                self.training(stage)?.set(&part_files)?;
                 done(Answer::Done)
             }
             Task::TrainData {
@@ -184,7 +265,7 @@ impl Compute {
             } => {
                 let training = self.training.get_mut(&stage);
                 let training = training.ok_or_else(|| format!("no stage {stage} is loaded for training"))?;
-                let stepped = training.steps(&self.data, step_first, steps, &labels).map_err(text)?;
+                let stepped = training.steps(&self.data, step_first, steps, &labels)?;
                 done(Answer::Stepped {
                     losses: stepped.losses,
                     tokens: stepped.tokens,
@@ -210,7 +291,7 @@ impl Compute {
                     batch,
                     seq,
                 };
-                match self.training(stage)?.forward(micro_batch, input).map_err(text)? {
+                match self.training(stage)?.forward(micro_batch, input)? {
                     TrainOutput::Hidden(rows) => Ok((Answer::Hidden, boundary::write(&rows, boundary))),
                     TrainOutput::Loss { loss, input_gradient } => {
                         Ok((Answer::Loss { loss }, boundary::write(&input_gradient, boundary)))
@@ -223,26 +304,26 @@ impl Compute {
                 boundary,
             } => {
                 let gradient = boundary::read(payload, boundary).ok_or("half a number came as a gradient")?;
-                let gradient = self.training(stage)?.backward(micro_batch, &gradient).map_err(text)?;
+                let gradient = self.training(stage)?.backward(micro_batch, &gradient)?;
                 Ok((Answer::Hidden, boundary::write(&gradient, boundary)))
             }
             Task::TrainSquareSum { stage, micro_batches } => done(Answer::SquareSum {
-                sum: self.training(stage)?.square_sum(micro_batches).map_err(text)?,
+                sum: self.training(stage)?.square_sum(micro_batches)?,
             }),
             Task::TrainApply {
                 stage,
                 step,
                 square_sum,
             } => {
-                self.training(stage)?.apply(step, square_sum).map_err(text)?;
+                self.training(stage)?.apply(step, square_sum)?;
                 done(Answer::Done)
             }
             Task::TrainWrite { stage, part_files } => {
-                self.training(stage)?.write(&part_files).map_err(text)?;
+                self.training(stage)?.write(&part_files)?;
                 done(Answer::Done)
             }
             Task::Score { stage, texts, seq } => self.score(stage, &texts, seq),
-            task => Err(format!("{task:?} is not about the device")),
+            task => Err(format!("{task:?} is not about the device").into()),
         }
     }
 
@@ -275,8 +356,7 @@ impl Compute {
         for text in texts {
             let tokens = tokenizer.encode_bare(text).map_err(|error| error.to_string())?;
             let bytes = u64::try_from(text.len()).unwrap_or(u64::MAX);
-            let bits = training.score(&tokens, bytes, start, seq);
-            bits_per_byte.push(bits.map_err(|error| error.to_string())?);
+            bits_per_byte.push(training.score(&tokens, bytes, start, seq)?);
         }
         done(Answer::Scored { bits_per_byte })
     }
@@ -301,4 +381,37 @@ fn done(answer: Answer) -> Performed {
 
 fn width(hidden: usize) -> u32 {
     u32::try_from(hidden).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_failed_cannot_go_on_and_the_cpu_can() {
+        for (device, breaks) in [(Device::cpu_in_tensors(), true), (Device::cpu(), false)] {
+            let mut compute = Compute::new(device, None);
+            // What was asked for was wrong; the device is not.
+            assert!(compute.perform(Task::Unload { stage: 1 }, Vec::new()).is_ok());
+            let order = Task::CloseSession { stage: 1, session: 1 };
+            assert!(compute.perform(order, Vec::new()).is_ok());
+            let order = Task::TrainSquareSum {
+                stage: 1,
+                micro_batches: 1,
+            };
+            assert!(compute.perform(order, Vec::new()).is_err());
+            assert_eq!(compute.broken, None);
+            compute.panicked("the driver is gone");
+            assert_eq!(compute.broken.is_some(), breaks);
+        }
+    }
+
+    #[test]
+    fn failures_of_the_device_are_told_from_those_of_the_order() {
+        let reason = || "lost".to_owned();
+        assert!(Failure::from(StageError::Device { reason: reason() }).of_device);
+        assert!(Failure::from(TrainError::Device { reason: reason() }).of_device);
+        assert!(!Failure::from(StageError::Full).of_device);
+        assert!(!Failure::from(TrainError::NoGradients).of_device);
+    }
 }

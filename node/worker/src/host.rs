@@ -22,6 +22,12 @@ pub trait Engine {
     ///
     /// A sentence that says what happened, to what; it becomes [`Answer::Failed`], and nothing has changed.
     fn perform(&mut self, task: Task, payload: Vec<u8>) -> Result<(Answer, Vec<u8>), String>;
+
+    /// Hears that [`Engine::perform`] panicked.
+    fn panicked(&mut self, _message: &str) {}
+
+    /// Called when an answer is on its way. An engine that cannot go on ends the process here.
+    fn answered(&mut self) {}
 }
 
 /// Why a worker stopped reading.
@@ -88,22 +94,24 @@ fn engine_thread<E: Engine>(
 
 fn serve(engine: &mut impl Engine, orders: &Receiver<(Order, Vec<u8>)>, output: &Mutex<impl Write>) {
     while let Ok((Order { id, task }, payload)) = orders.recv() {
-        // An engine that panicked may hold half a result, but whoever asked learns of it and starts that stage anew.
+        // An engine that panicked may hold half a result, but whoever asked learns of it and starts that stage anew. One
+        // whose device cannot go on ends the process once it has answered.
         let performed = catch_unwind(AssertUnwindSafe(|| engine.perform(task, payload)));
         let (answer, payload) = match performed {
             Ok(Ok(done)) => done,
             Ok(Err(reason)) => (Answer::Failed { reason }, Vec::new()),
-            Err(panic) => (
-                Answer::Failed {
-                    reason: format!("the worker panicked: {}", message(&*panic)),
-                },
-                Vec::new(),
-            ),
+            Err(panic) => {
+                let message = message(&*panic);
+                engine.panicked(message);
+                let reason = format!("the worker panicked: {message}");
+                (Answer::Failed { reason }, Vec::new())
+            }
         };
         if let Err(error) = write_reply(output, id, answer, &payload) {
             tracing::error!(%error, "cannot answer");
             return;
         }
+        engine.answered();
     }
 }
 
@@ -199,6 +207,34 @@ mod tests {
             }
         );
         assert_eq!(reply(&mut output).0, 2);
+    }
+
+    #[test]
+    fn an_engine_hears_of_its_panic_before_the_answer_and_may_end_after_it() {
+        struct Brittle(std::sync::mpsc::Sender<String>);
+
+        impl Engine for Brittle {
+            fn perform(&mut self, _: Task, _: Vec<u8>) -> Result<(Answer, Vec<u8>), String> {
+                panic!("the driver is gone")
+            }
+
+            fn panicked(&mut self, message: &str) {
+                self.0.send(message.to_owned()).unwrap();
+            }
+
+            fn answered(&mut self) {
+                self.0.send("answered".to_owned()).unwrap();
+            }
+        }
+
+        let (heard, hears) = std::sync::mpsc::channel();
+        let (mut output, end) = pipe().unwrap();
+        let task = Task::Hello;
+        let input = frame_start(&Order { id: 1, task }, 0).unwrap();
+        host(Cursor::new(input), end, move || Brittle(heard), || Echo).unwrap();
+        assert!(matches!(reply(&mut output).1, Answer::Failed { .. }));
+        let heard: Vec<String> = hears.iter().collect();
+        assert_eq!(heard, ["the driver is gone", "answered"]);
     }
 
     #[test]

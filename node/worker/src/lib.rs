@@ -17,7 +17,8 @@ use std::process::ExitCode;
 use tracing::{error, info};
 
 pub use host::{Engine, HostError, host};
-pub use options::{DeviceChoice, Options, OptionsError};
+pub use options::{Options, OptionsError};
+pub use polder_kernels::device::{Choice, UnknownDevice};
 pub use polder_kernels::text::{byte_level_bpe, bytes as byte_tokenizer};
 pub use polder_kernels::train::initial_parameters;
 
@@ -31,7 +32,7 @@ pub fn run() -> ExitCode {
     match Options::read(variable, arguments) {
         Ok(options) => run_with(
             options,
-            move || compute::Compute::new(options.device.open()),
+            move || compute::Compute::open(options.device),
             words::Words::default,
         ),
         Err(error) => {

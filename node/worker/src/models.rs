@@ -2,11 +2,10 @@
 
 use std::path::Path;
 
+use polder_kernels::device::{Choice, Device};
 use polder_kernels::model::{Config, layout};
 use polder_kernels::text::Tokenizer;
 use polder_protocol::layout::Layout;
-
-use crate::DeviceChoice;
 
 pub use polder_kernels::model::ConfigError;
 pub use polder_kernels::text::{BEGIN_TEXT, END_TEXT, TextError, byte_level_bpe, bytes as byte_tokenizer};
@@ -30,8 +29,12 @@ pub fn layout_of(config_json: &str) -> Result<Layout, ConfigError> {
 /// # Errors
 ///
 /// [`VerifyError`] where the model or its cases cannot be read; numbers that differ are in the report.
-pub fn verify(folder: &Path, device: DeviceChoice) -> Result<Report, VerifyError> {
-    polder_kernels::verify::verify(folder, &device.open())
+pub fn verify(folder: &Path, device: Choice) -> Result<Report, VerifyError> {
+    let (device, fell_back) = Device::choose(device);
+    if let Some(reason) = fell_back {
+        tracing::warn!(%device, reason, "the device that was asked for cannot be used");
+    }
+    polder_kernels::verify::verify(folder, &device)
 }
 
 /// Checks that bytes are a `tokenizer.json` that can be used.

@@ -1,8 +1,6 @@
 //! What a worker is told when it starts: how many threads, which device.
 
-use std::str::FromStr;
-
-use polder_kernels::device::Device;
+use polder_kernels::device::{Choice, UnknownDevice};
 use thiserror::Error;
 
 /// What a worker is told when it starts.
@@ -11,27 +9,15 @@ pub struct Options {
     /// Threads that compute; `None` for one per core.
     pub threads: Option<usize>,
     /// Which device.
-    pub device: DeviceChoice,
-}
-
-/// Which device to compute on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum DeviceChoice {
-    /// The best that answers; the CPU where no other does.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// A GPU through wgpu; an error where there is none.
-    Wgpu,
+    pub device: Choice,
 }
 
 /// What a worker was told makes no sense.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum OptionsError {
     /// A device that does not exist.
-    #[error("`{0}` is not a device: expected `auto`, `cpu` or `wgpu`")]
-    Device(String),
+    #[error(transparent)]
+    Device(#[from] UnknownDevice),
     /// No number of threads.
     #[error("`{0}` is not a number of threads from 1 to {THREADS_MAX}")]
     Threads(String),
@@ -86,29 +72,6 @@ impl Options {
     }
 }
 
-impl DeviceChoice {
-    /// The chosen device.
-    pub(crate) fn open(self) -> Device {
-        if self == Self::Wgpu {
-            tracing::warn!("this build drives no GPU, so the CPU computes");
-        }
-        Device::cpu()
-    }
-}
-
-impl FromStr for DeviceChoice {
-    type Err = OptionsError;
-
-    fn from_str(text: &str) -> Result<Self, OptionsError> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "cpu" => Ok(Self::Cpu),
-            "wgpu" => Ok(Self::Wgpu),
-            other => Err(OptionsError::Device(other.to_owned())),
-        }
-    }
-}
-
 fn parse_threads(text: &str) -> Result<usize, OptionsError> {
     match text.parse() {
         Ok(threads) if (1..=THREADS_MAX).contains(&threads) => Ok(threads),
@@ -128,7 +91,7 @@ mod tests {
             Options::read(variable, arguments),
             Ok(Options {
                 threads: Some(2),
-                device: DeviceChoice::Cpu
+                device: Choice::Cpu
             })
         );
     }
@@ -136,7 +99,11 @@ mod tests {
     #[test]
     fn what_makes_no_sense_is_named() {
         let read = |arguments: &[&str]| Options::read(|_| None, arguments.iter().map(|text| (*text).to_owned()));
-        assert_eq!(read(&["--device", "tpu"]), Err(OptionsError::Device("tpu".to_owned())));
+        let text = "tpu".to_owned();
+        assert_eq!(
+            read(&["--device", "tpu"]),
+            Err(OptionsError::Device(UnknownDevice { text }))
+        );
         assert_eq!(read(&["--threads", "0"]), Err(OptionsError::Threads("0".to_owned())));
         assert_eq!(read(&["--threads"]), Err(OptionsError::Value("--threads".to_owned())));
         assert_eq!(read(&["--fast"]), Err(OptionsError::Unknown("--fast".to_owned())));
