@@ -28,16 +28,23 @@ pub(crate) struct Arguments {
     /// Run in the background; `polder leave` ends it
     #[arg(long)]
     detach: bool,
+    /// What to compute on, in place of `device` in config.toml; the CPU takes over where it is not there
+    #[arg(long, value_name = "DEVICE", value_parser = ["auto", "cpu", "wgpu"])]
+    device: Option<String>,
 }
 
 /// Runs the node until it is interrupted or told to leave.
 pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()> {
     let invite = arguments.invite.as_deref().map(read_invite).transpose()?;
     if arguments.detach {
-        return detach(context, arguments.invite.as_deref());
+        return detach(context, &arguments);
     }
     let home = Home::open(context.home())?;
-    let config = Config::load(context.home()).hint("`polder join` reads it at every start; mend or remove the file")?;
+    let mut config =
+        Config::load(context.home()).hint("`polder join` reads it at every start; mend or remove the file")?;
+    if let Some(device) = arguments.device {
+        config.device = device;
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -133,7 +140,7 @@ fn explain(error: DaemonError) -> anyhow::Error {
 }
 
 /// Starts this program again without a terminal and waits until it answers.
-fn detach(context: &Context, invite: Option<&str>) -> anyhow::Result<()> {
+fn detach(context: &Context, arguments: &Arguments) -> anyhow::Result<()> {
     if Client::open(context.home()).is_ok_and(|client| client.get::<serde_json::Value>("/polder/v1/status").is_ok()) {
         bail!("a node is running in {} already", context.home().display());
     }
@@ -146,7 +153,8 @@ fn detach(context: &Context, invite: Option<&str>) -> anyhow::Result<()> {
         .arg("--home")
         .arg(context.home())
         .arg("join")
-        .args(invite)
+        .args(&arguments.invite)
+        .args(arguments.device.iter().flat_map(|device| ["--device", device]))
         .stdin(Stdio::null());
     command
         .stdout(log.try_clone().context("cannot use the log twice")?)
