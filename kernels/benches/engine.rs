@@ -1,7 +1,7 @@
 //! How fast this machine serves and trains: `cargo bench -p polder-kernels --bench engine`.
 //!
-//! Weights are random, shapes are real. `RAYON_NUM_THREADS` sets the threads. Beside wall time it prints CPU time, which
-//! still means something on a busy machine.
+//! Weights are random, shapes are real. `RAYON_NUM_THREADS` sets the threads, `POLDER_WORKER_DEVICE` the device. Beside
+//! wall time it prints CPU time, which still means something on a busy machine.
 
 use std::time::Instant;
 
@@ -15,8 +15,9 @@ use polder_protocol::work::Weights;
 use safetensors::tensor::{Dtype, TensorView};
 
 fn main() {
-    let device = Device::cpu();
-    println!("{device}");
+    let choice = std::env::var("POLDER_WORKER_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
+    let (device, reason) = Device::choose(choice.parse().expect("auto, cpu or wgpu"));
+    println!("{device} {}", reason.unwrap_or_default());
     // The shape of SmolLM2-135M.
     serve(&shape(49_152, 576, 1_536, 30, 9, 3, true), &device);
     // 9.3 M parameters: the shape of research and of the figures of other frameworks.

@@ -5,12 +5,14 @@
 
 mod golden_case;
 
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use golden_case::{Golden, largest, largest_difference};
 use polder_kernels::device::Device;
 use polder_kernels::stage::{Input, Output, ServeStage, StageError, Want};
 use polder_kernels::train::{TrainError, TrainInput, TrainOutput, TrainStage};
+use polder_kernels::weights::import;
 use polder_protocol::layout::BlockRange;
 use polder_protocol::run::Inner;
 use polder_protocol::work::Weights;
@@ -207,17 +209,64 @@ fn what_does_not_fit_a_device_is_refused() {
     });
 }
 
+/// `POLDER_SMOLLM2_GGUF` names the file; `POLDER_GPU_SEQUENCES` says how many of the ten continuations to make, one by
+/// default: a software rasteriser is slow.
+#[test]
+fn smollm2_goes_on_as_with_transformers() {
+    let _turn = turn();
+    let (Some(device), Some(file)) = (graphics_device(), std::env::var_os("POLDER_SMOLLM2_GGUF")) else {
+        println!("skipped: needs a graphics device, and POLDER_SMOLLM2_GGUF");
+        return;
+    };
+    let count = std::env::var("POLDER_GPU_SEQUENCES").map_or(1, |count| count.parse().unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let imported = import(Path::new(&file), &folder.path().join("model"), &mut |_| {}).unwrap();
+    let range = BlockRange::whole(30);
+    let mut stage = ServeStage::load(&imported.config_json, range, &imported.part_files, Weights::F32, device).unwrap();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/smollm2/f32.json");
+    let golden: serde_json::Value = serde_json::from_slice(&std::fs::read(golden).unwrap()).unwrap();
+    for entry in golden["entries"].as_array().unwrap().iter().take(count) {
+        let ids = |key: &str| -> Vec<u32> {
+            let ids = entry[key].as_array().unwrap();
+            ids.iter().map(|id| id.as_u64().unwrap() as u32).collect()
+        };
+        let began = std::time::Instant::now();
+        stage.open_session(1, 512).unwrap();
+        let prompt = ids("prompt_ids");
+        let mut next = logits(&mut stage, 0, &prompt, Want::LastLogits);
+        for top in entry["top10_first"].as_array().unwrap() {
+            let error = next[top[0].as_u64().unwrap() as usize] - top[1].as_f64().unwrap() as f32;
+            assert!(error.abs() < 0.02, "{}: {error}", entry["prompt"]);
+        }
+        let right = ids("greedy_ids");
+        for (position, right) in (prompt.len() as u32..).zip(&right) {
+            assert_eq!(argmax(&next), *right, "{} at {position}", entry["prompt"]);
+            next = logits(&mut stage, position, &[*right], Want::LastLogits);
+        }
+        println!(
+            "{}: {} tokens in {:.1} s",
+            entry["lang"],
+            right.len(),
+            began.elapsed().as_secs_f64()
+        );
+    }
+}
+
 /// One device is computed on at a time: a driver that compiles for several threads is only slower.
 static TURN: Mutex<()> = Mutex::new(());
 
 fn on_every_device(test: impl Fn(&Device)) {
-    let _turn: MutexGuard<'_, ()> = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = turn();
     test(&Device::cpu_in_tensors());
     if let Some(device) = graphics_device() {
         let began = std::time::Instant::now();
         test(device);
         println!("{device}: {:.1} s", began.elapsed().as_secs_f64());
     }
+}
+
+fn turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(feature = "gpu")]
