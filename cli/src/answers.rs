@@ -1,11 +1,14 @@
 //! Answers of the local daemon as they come: server-sent events read into pieces of text.
 
 use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
 
 use anyhow::{Context as _, anyhow};
+use polder_node::home::Home;
 use serde_json::{Value, json};
 
 use crate::client::Client;
+use crate::institutions;
 
 /// The longest event; a piece of text is a few bytes, and the last one names the chain.
 const EVENT_BYTES_MAX: u64 = 1 << 20;
@@ -34,11 +37,21 @@ pub(crate) struct Choosing {
     /// End the answer before this text; may be given more than once
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+    /// Let only nodes of this institution compute: its name, its key, or `home` for your own; may be given more than once
+    #[arg(long, value_name = "INSTITUTION")]
+    trust: Vec<String>,
+    /// Let only this institution hold the first and the last stage, which see the words
+    #[arg(long, value_name = "INSTITUTION")]
+    ends: Option<String>,
 }
 
 impl Choosing {
-    /// The body of a request for an answer to a conversation.
-    pub(crate) fn question(&self, messages: &[Value]) -> Value {
+    /// The body of a request for an answer to a conversation, asked from `home`.
+    ///
+    /// # Errors
+    ///
+    /// An institution that the federation does not have.
+    pub(crate) fn question(&self, home: &Path, messages: &[Value]) -> anyhow::Result<Value> {
         let mut question = json!({
             "messages": messages,
             "temperature": self.temperature,
@@ -58,7 +71,33 @@ impl Choosing {
                 question[name] = value;
             }
         }
-        question
+        if let Some(route) = self.route(home)? {
+            question["route"] = route;
+        }
+        Ok(question)
+    }
+
+    fn route(&self, home: &Path) -> anyhow::Result<Option<Value>> {
+        if self.trust.is_empty() && self.ends.is_none() {
+            return Ok(None);
+        }
+        let home = Home::open(home)?;
+        let charters = home.charters()?.context("this home is in no federation")?;
+        let key = |text: &String| -> anyhow::Result<String> {
+            if text == "home" {
+                let certificate = home.certificate()?.context("this node has no certificate")?;
+                return Ok(certificate.open()?.institution.to_string());
+            }
+            Ok(institutions::find(charters.current(), text)?.key.to_string())
+        };
+        let mut route = json!({});
+        if !self.trust.is_empty() {
+            route["institutions"] = Value::from(self.trust.iter().map(key).collect::<anyhow::Result<Vec<_>>>()?);
+        }
+        if let Some(ends) = &self.ends {
+            route["ends"] = Value::from(key(ends)?);
+        }
+        Ok(Some(route))
     }
 }
 

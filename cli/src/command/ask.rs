@@ -41,7 +41,7 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
     messages.push(message("user", &question));
     let mut all = String::new();
     let (mut reason, mut polder, mut usage) = (String::new(), Value::Null, Value::Null);
-    for piece in ask(&client, &arguments.choosing.question(&messages))? {
+    for piece in ask(&client, &arguments.choosing.question(context.home(), &messages)?)? {
         match piece? {
             Piece::Text(text) => {
                 if !context.json() {

@@ -1,6 +1,7 @@
 //! `polder chat`: questions and answers in turn, remembered until the end.
 
 use std::io::BufRead;
+use std::path::Path;
 use std::thread;
 
 use anyhow::Context as _;
@@ -34,13 +35,13 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
         .worker_threads(1)
         .enable_all()
         .build()?;
-    let talked = runtime.block_on(talk(client, arguments));
+    let talked = runtime.block_on(talk(client, context.home(), arguments));
     // A thread that waits for a line must not hold up the end.
     runtime.shutdown_background();
     talked
 }
 
-async fn talk(client: Client, arguments: Arguments) -> anyhow::Result<()> {
+async fn talk(client: Client, home: &Path, arguments: Arguments) -> anyhow::Result<()> {
     write_all("Ctrl-C stops an answer, Ctrl-D leaves.\n")?;
     let mut lines = lines();
     let mut messages: Vec<Value> = arguments.system.iter().map(|text| message("system", text)).collect();
@@ -57,7 +58,7 @@ async fn talk(client: Client, arguments: Arguments) -> anyhow::Result<()> {
             continue;
         }
         messages.push(message("user", &line));
-        match answer(&client, &arguments, &messages).await {
+        match answer(&client, home, &arguments, &messages).await {
             Ok(text) => messages.push(message("assistant", &text)),
             Err(error) => {
                 // The question is forgotten, so that it can be asked again.
@@ -69,9 +70,9 @@ async fn talk(client: Client, arguments: Arguments) -> anyhow::Result<()> {
 }
 
 /// Prints one answer as it comes and gives all of it, or what came before Ctrl-C.
-async fn answer(client: &Client, arguments: &Arguments, messages: &[Value]) -> anyhow::Result<String> {
+async fn answer(client: &Client, home: &Path, arguments: &Arguments, messages: &[Value]) -> anyhow::Result<String> {
     let (sender, mut pieces) = mpsc::channel(PIECES_MAX);
-    let question = arguments.choosing.question(messages);
+    let question = arguments.choosing.question(home, messages)?;
     let client = client.clone();
     tokio::task::spawn_blocking(move || {
         let asked = match ask(&client, &question) {

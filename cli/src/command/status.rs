@@ -81,8 +81,43 @@ impl fmt::Display for Answer {
                 peer.institution
             )?;
         }
+        if let Some(reason) = &status.shut_out_because {
+            writeln!(
+                f,
+                "shut out    {reason}; ask your institution's gateway for a new invite"
+            )?;
+        }
+        for refusal in &status.refused_by {
+            writeln!(f, "refused     by {}: {}", short(&refusal.node), refusal.reason)?;
+        }
+        for model in &status.models {
+            let held = match model.held {
+                Some([first, end]) => format!("blocks {first} to {end} of {} here", model.blocks),
+                None => format!("none of {} blocks here", model.blocks),
+            };
+            let whole = match model.holders_min {
+                0 => "cannot be asked: some blocks are held by nobody".to_owned(),
+                1 => "can be asked; some blocks are held by one node only".to_owned(),
+                count => format!("can be asked; every block is held by {count} nodes or more"),
+            };
+            writeln!(
+                f,
+                "model       {} ({}), {held}; {whole}",
+                model.name,
+                short(&model.epoch)
+            )?;
+        }
+        if status.sessions > 0 {
+            writeln!(f, "sessions    {}", status.sessions)?;
+        }
         for run in &status.runs {
-            writeln!(f, "run         {}", run.name)?;
+            let (role, activity) = (&run.role, &run.activity);
+            write!(
+                f,
+                "run         {}, {}: round {} of {}",
+                run.name, run.phase, run.rounds_done, run.rounds_total
+            )?;
+            writeln!(f, "; this node: {role}, {activity}")?;
         }
         Ok(())
     }

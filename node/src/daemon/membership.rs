@@ -1,10 +1,12 @@
 //! Coming in, staying in, putting out: enrolment with an invite, renewal, and the spread of revocations and charters.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use polder_protocol::hash::NodeId;
 use polder_protocol::invite::Invite;
+use tokio::task::JoinHandle;
 
 use super::DaemonError;
 use crate::control::{self, ControlConfig, ControlError, ControlHandle, PeerEvent, Service};
@@ -15,6 +17,35 @@ use crate::members::Members;
 
 /// How often renewal is considered and files are read again, which `polder institution revoke` may have changed.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// How long peers have to hear of a revocation before those that it names are shown out.
+const HEARD_TIME_MAX: Duration = Duration::from_secs(2);
+
+/// Refusals that are remembered; whoever wants to fill this wastes only its own time.
+const REFUSALS_MAX: usize = 64;
+
+/// Peers that turned this node away, and why: for `polder status`.
+#[derive(Debug, Default)]
+pub(crate) struct Refusals(Mutex<BTreeMap<NodeId, String>>);
+
+impl Refusals {
+    /// All of them.
+    pub(super) fn list(&self) -> Vec<(NodeId, String)> {
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        known.iter().map(|(node, reason)| (*node, reason.clone())).collect()
+    }
+
+    fn note(&self, node: NodeId, reason: String) {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() < REFUSALS_MAX || known.contains_key(&node) {
+            known.insert(node, reason);
+        }
+    }
+
+    fn forget(&self, node: NodeId) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&node);
+    }
+}
 
 /// Shows the token of `invite` at its doors, one after the other, until one gateway certifies this node.
 pub(super) async fn enrol(home: &Home, seed: [u8; 32], invite: &Invite) -> Result<(), DaemonError> {
@@ -46,7 +77,8 @@ pub(super) async fn enrol(home: &Home, seed: [u8; 32], invite: &Invite) -> Resul
 }
 
 /// Answers newcomers, where this home holds an institution's key, and keeps this node's own membership fresh.
-pub(super) fn keep(home: &Home, members: &Arc<Members>, control: &ControlHandle) {
+pub(super) fn keep(home: &Home, members: &Arc<Members>, control: &ControlHandle, refusals: &Arc<Refusals>) {
+    let refusals = Arc::clone(refusals);
     answer_newcomers(home.clone(), Arc::clone(members), control);
     answer_revocations(Arc::clone(members), control);
     let (home, members, control) = (home.clone(), Arc::clone(members), control.clone());
@@ -60,7 +92,11 @@ pub(super) fn keep(home: &Home, members: &Arc<Members>, control: &ControlHandle)
                     renew(&home, &members, &control).await;
                 }
                 event = events.recv() => match event {
-                    Ok(PeerEvent::Joined(record)) => tell(&members, &control, record.node).await,
+                    Ok(PeerEvent::Joined(record)) => {
+                        refusals.forget(record.node);
+                        tell(&members, &control, record.node);
+                    }
+                    Ok(PeerEvent::RefusedBy { node, reason }) => refusals.note(node, reason),
                     Ok(_) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
                     Err(tokio::sync::broadcast::error::RecvError::Closed) => return,
                 },
@@ -88,12 +124,8 @@ fn answer_revocations(members: Arc<Members>, control: &ControlHandle) {
     tokio::spawn(async move {
         while let Some(incoming) = asked.recv().await {
             if take(&members, &incoming.body) {
-                control.reintroduce().await;
-                for peer in control.present() {
-                    if peer.node != incoming.from {
-                        tell(&members, &control, peer.node).await;
-                    }
-                }
+                let (members, control) = (Arc::clone(&members), control.clone());
+                tokio::spawn(async move { tell_all(&members, &control, Some(incoming.from)).await });
             }
             // The teller may have gone.
             let _ = incoming.reply.send(Vec::new());
@@ -119,7 +151,8 @@ fn take(members: &Members, body: &[u8]) -> bool {
     changed
 }
 
-async fn tell(members: &Members, control: &ControlHandle, to: NodeId) {
+/// Tells `to` what this node knows of the membership, on a task that ends when it has heard.
+fn tell(members: &Members, control: &ControlHandle, to: NodeId) -> JoinHandle<()> {
     let news: News = (members.charters().to_bytes(), members.revocations());
     // News hold nothing that postcard cannot write.
     let body = postcard::to_allocvec(&news).unwrap_or_default();
@@ -128,7 +161,16 @@ async fn tell(members: &Members, control: &ControlHandle, to: NodeId) {
         if let Err(error) = control.request(to, Service::Revocations, body).await {
             tracing::debug!(peer = %to.short(), %error, "a peer did not take news of the membership");
         }
-    });
+    })
+}
+
+/// Tells everybody who is present, those too that the news shut out: they are to know why. Then asks the gate anew.
+async fn tell_all(members: &Members, control: &ControlHandle, but: Option<NodeId>) {
+    let peers = control.present().into_iter().filter(|peer| Some(peer.node) != but);
+    let told: Vec<_> = peers.map(|peer| tell(members, control, peer.node)).collect();
+    // A peer that does not listen holds nobody up.
+    let _ = tokio::time::timeout(HEARD_TIME_MAX, futures::future::join_all(told)).await;
+    control.reintroduce().await;
 }
 
 /// Takes what commands changed on disk while the daemon ran, and keeps what peers told.
@@ -136,12 +178,7 @@ async fn reread(home: &Home, members: &Arc<Members>, control: &ControlHandle) {
     let (folder, own) = (home.clone(), Arc::clone(members));
     let changed = blocking(move || own.reload(&folder)).await;
     match changed {
-        Ok(true) => {
-            control.reintroduce().await;
-            for peer in control.present() {
-                tell(members, control, peer.node).await;
-            }
-        }
+        Ok(true) => tell_all(members, control, None).await,
         Ok(false) => {}
         Err(error) => tracing::warn!(%error, "cannot read the membership again"),
     }

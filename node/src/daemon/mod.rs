@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use config::{Config, ConfigError, Contribute};
 pub use local::LocalApi;
-pub use status::{DeviceStatus, FederationStatus, PeerStatus, Status, TrafficStatus};
+pub use status::{DeviceStatus, FederationStatus, ModelStatus, PeerStatus, RefusalStatus, Status, TrafficStatus};
 
 use crate::contribute::{self, ContributeHandle};
 use crate::control::{self, ControlConfig, ControlError, ControlHandle};
@@ -107,6 +107,7 @@ pub(crate) struct Shared {
     pub(crate) home: Home,
     pub(crate) config: Config,
     pub(crate) members: Arc<Members>,
+    pub(crate) refusals: Arc<membership::Refusals>,
     pub(crate) control: ControlHandle,
     pub(crate) data: DataPlane,
     pub(crate) device: Device,
@@ -165,7 +166,8 @@ impl Daemon {
         let control = start_control(&home, &config, &key, &members, Arc::clone(&gate), &data).await?;
         // Set once, here.
         let _ = book.0.set(control.clone());
-        membership::keep(&home, &members, &control);
+        let refusals = Arc::default();
+        membership::keep(&home, &members, &control, &refusals);
         let device = start_device(&config)?;
         let planes = train::Planes::new(control.clone(), data.clone());
         let stop = CancellationToken::new();
@@ -206,6 +208,7 @@ impl Daemon {
             home: home.clone(),
             config,
             members,
+            refusals,
             control,
             data,
             device,

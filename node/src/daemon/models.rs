@@ -104,7 +104,7 @@ fn hold(shared: &Shared) {
         return;
     }
     for (id, epoch, _) in shared.serve.models() {
-        if shared.serve.wants(id) && !shared.serve.is_spare(id) {
+        if shared.serve.wants(id) && !shared.serve.should_move(id) {
             continue;
         }
         let capacity = if shared.config.blocks_max == 0 {

@@ -34,6 +34,14 @@ pub struct Status {
     pub device: DeviceStatus,
     /// Members that it has met.
     pub peers: Vec<PeerStatus>,
+    /// Why this node's own certificate holds no longer, where that is so.
+    pub shut_out_because: Option<String>,
+    /// Members that turned this node away.
+    pub refused_by: Vec<RefusalStatus>,
+    /// Models that it knows.
+    pub models: Vec<ModelStatus>,
+    /// Sessions that its stages hold now.
+    pub sessions: usize,
     /// Training runs that it follows.
     pub runs: Vec<RunStatus>,
     /// Bytes on the data plane since the daemon started.
@@ -83,6 +91,32 @@ pub struct PeerStatus {
     pub data: Vec<String>,
 }
 
+/// A member that turned the node away.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusalStatus {
+    /// Its id.
+    pub node: String,
+    /// In its words.
+    pub reason: String,
+}
+
+/// A model that the node knows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelStatus {
+    /// What it is called.
+    pub name: String,
+    /// Its id.
+    pub epoch: String,
+    /// Blocks of the whole.
+    pub blocks: u32,
+    /// The blocks that this node has loaded, `[first, end)`.
+    pub held: Option<[u32; 2]>,
+    /// The measured time of this node's stage for one token, in microseconds.
+    pub token_micros: Option<u32>,
+    /// By how many nodes the least held block is held; the model can be asked from one on.
+    pub holders_min: usize,
+}
+
 /// Bytes on the data plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TrafficStatus {
@@ -130,12 +164,41 @@ impl Shared {
             idle_because,
             device,
             peers: self.peers(),
+            shut_out_because: self.members.check_own().err().map(|refusal| refusal.to_string()),
+            refused_by: self.refused_by(),
+            models: self.models(),
+            sessions: self.serve.sessions(),
             runs: self.train.status(),
             traffic: TrafficStatus {
                 sent_bytes: self.data.bytes_sent(None),
                 received_bytes: self.data.bytes_received(None),
             },
         }
+    }
+
+    fn refused_by(&self) -> Vec<RefusalStatus> {
+        let refusals = self.refusals.list().into_iter().map(|(node, reason)| RefusalStatus {
+            node: node.to_string(),
+            // A peer's words: nothing that a terminal would obey.
+            reason: reason.chars().filter(|letter| !letter.is_control()).collect(),
+        });
+        refusals.collect()
+    }
+
+    fn models(&self) -> Vec<ModelStatus> {
+        let held = self.serve.held();
+        let models = self.serve.models().into_iter().map(|(id, epoch, _)| {
+            let own = held.iter().find(|held| held.epoch == id);
+            ModelStatus {
+                name: epoch.name.clone(),
+                epoch: id.to_string(),
+                blocks: epoch.blocks(),
+                held: own.map(|held| [held.range.first, held.range.end]),
+                token_micros: own.map(|held| held.token_micros),
+                holders_min: self.serve.holders_min(id, epoch.blocks()),
+            }
+        });
+        models.collect()
     }
 
     fn peers(&self) -> Vec<PeerStatus> {

@@ -303,26 +303,21 @@ impl ServeHandle {
         Ok(Some(range))
     }
 
-    /// Whether this node's stage of `epoch` would be missed less than another: nodes before it, in the order of their
-    /// ids, hold all of its blocks, while others are held by nobody. Two nodes that choose at the same moment choose
-    /// alike; this tells the second of them to choose again.
-    pub fn is_spare(&self, epoch: EpochId) -> bool {
+    /// Whether this node should choose its stage of `epoch` anew, as [`polder_protocol::placement::should_move`] says.
+    /// While sessions sit on its stages it stays, unless a chain lacks a stage altogether.
+    pub fn should_move(&self, epoch: EpochId) -> bool {
         let Ok(blocks) = self.inner.epoch(epoch).map(|epoch| epoch.blocks()) else {
             return false;
         };
         let Some(own) = self.inner.lock().wanted.get(&epoch).copied() else {
             return false;
         };
-        let me = self.inner.data.node();
+        if self.sessions() > 0 && self.inner.has_chain(epoch, blocks) {
+            return false;
+        }
         let offers = self.inner.directory.offers(epoch);
-        let holds = |offer: &Offer, block: u32| offer.range.first <= block && block < offer.range.end;
-        let gap = (0..blocks).any(|block| {
-            !(own.first..own.end).contains(&block)
-                && !offers.iter().any(|offer| offer.node != me && holds(offer, block))
-        });
-        let replaced =
-            (own.first..own.end).all(|block| offers.iter().any(|offer| offer.node < me && holds(offer, block)));
-        gap && replaced
+        let offers: Vec<_> = offers.iter().map(|offer| (offer.node, offer.range)).collect();
+        polder_protocol::placement::should_move(blocks, self.inner.data.node(), own, &offers)
     }
 
     /// Holds a stage of `epoch` no longer. Its sessions end.
@@ -334,6 +329,17 @@ impl ServeHandle {
     /// What is loaded and announced now.
     pub fn held(&self) -> Vec<Held> {
         self.inner.held()
+    }
+
+    /// By how many nodes the least held block of an epoch is held, this one included. From two on, the loss of any one
+    /// node loses no generation.
+    pub fn holders_min(&self, epoch: EpochId, blocks: u32) -> usize {
+        let offers = self.inner.offers(epoch);
+        let holders = |block: u32| {
+            let holds = |offer: &&Offer| offer.range.first <= block && block < offer.range.end;
+            offers.iter().filter(holds).count()
+        };
+        (0..blocks).map(holders).min().unwrap_or(0)
     }
 
     /// Sessions that the stages of this node hold now.

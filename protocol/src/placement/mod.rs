@@ -7,6 +7,7 @@ use alloc::collections::BTreeSet;
 use alloc::vec;
 use alloc::vec::Vec;
 
+use crate::hash::NodeId;
 use crate::layout::BlockRange;
 
 /// The most stages of others that are looked at, and the most blocks a model may have here: work stays below a second.
@@ -27,6 +28,29 @@ pub fn place(blocks: u32, held: &[BlockRange], capacity_blocks: u32) -> Option<B
         .collect();
     let holders = holders(blocks, &held);
     first_gap(&holders, capacity_blocks).or_else(|| least_held(blocks, &held, &holders, capacity_blocks))
+}
+
+/// Whether the node `own`, which holds `range`, should choose anew: another block is held by two fewer nodes than the
+/// least held of its own, so that moving evens the stages out. Of several nodes with one range, only the last in the order
+/// of ids moves, so that nodes that chose alike at the same moment do not do so again. `offers` are those of all others.
+pub fn should_move(blocks: u32, own: NodeId, range: BlockRange, offers: &[(NodeId, BlockRange)]) -> bool {
+    if blocks == 0 || blocks > BLOCKS_MAX || !range.fits(blocks) {
+        return false;
+    }
+    let others = offers.iter().filter(|(node, held)| *node != own && held.fits(blocks));
+    let others: Vec<(NodeId, BlockRange)> = others.take(STAGES_MAX).copied().collect();
+    if others.iter().any(|(node, held)| *held == range && *node > own) {
+        return false;
+    }
+    let held: Vec<BlockRange> = others.iter().map(|(_, held)| *held).collect();
+    let counts = holders(blocks, &held);
+    let least = |inside: bool| {
+        let blocks = (0u32..).zip(&counts);
+        let chosen = blocks.filter(|(block, _)| (range.first <= *block && *block < range.end) == inside);
+        chosen.map(|(_, count)| *count).min()
+    };
+    // Without this node its own blocks have one holder fewer already.
+    matches!((least(true), least(false)), (Some(inside), Some(outside)) if inside > outside)
 }
 
 /// How many hold each block.
@@ -118,7 +142,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::hash::{InstitutionId, NodeId};
+    use crate::hash::InstitutionId;
     use crate::route::{self, Offer, RoutePolicy};
 
     #[test]
@@ -139,6 +163,26 @@ mod tests {
         let front = BlockRange { first: 0, end: 15 };
         let back = BlockRange { first: 15, end: 30 };
         assert_eq!(place(30, &[front, front, back], 20), range(15, 30));
+    }
+
+    #[test]
+    fn of_nodes_that_chose_alike_one_moves_and_only_where_it_evens_out() {
+        let front = BlockRange { first: 0, end: 15 };
+        let back = BlockRange { first: 15, end: 30 };
+        let node = |id: u8| NodeId([id; 32]);
+        let moves = |own: u8, others: &[(u8, BlockRange)]| {
+            let others: Vec<_> = others.iter().map(|(id, range)| (node(*id), *range)).collect();
+            should_move(30, node(own), front, &others)
+        };
+        // Three in front and one behind: the last of the three goes.
+        assert!(moves(9, &[(1, front), (2, back), (3, front)]));
+        assert!(!moves(3, &[(1, front), (2, back), (9, front)]));
+        // Two and one: going would only turn it round.
+        assert!(!moves(9, &[(1, front), (2, back)]));
+        // A gap is filled even by the second of two.
+        assert!(moves(9, &[(1, front)]));
+        assert!(!moves(9, &[]));
+        assert!(!moves(9, &[(1, back)]));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! Everything is real: processes, keys, certificates, sockets, rounds. Only the network is the loopback interface.
 
+mod model;
 mod processes;
 mod question;
 mod screen;
@@ -43,6 +44,9 @@ pub(crate) struct Arguments {
     /// Keep the nodes' folders, and say where they are
     #[arg(long)]
     keep: bool,
+    /// Instead of training, hand out this model (GGUF, or a Hugging Face folder) in stages, and ask it
+    #[arg(long, value_name = "FILE", conflicts_with = "minutes")]
+    model: Option<PathBuf>,
 }
 
 /// Runs the demonstration.
@@ -55,9 +59,14 @@ pub(crate) fn run(context: &Context, arguments: &Arguments) -> anyhow::Result<()
     let stop = Arc::new(AtomicBool::new(false));
     notice_interrupts(&stop)?;
     let folder = Folder::new(arguments.keep)?;
+    if let Some(model) = &arguments.model {
+        let model = fs::canonicalize(model).with_context(|| format!("cannot read {}", model.display()))?;
+        model::run(context, &folder.path, &model, arguments.nodes, &stop)?;
+        return folder.tell(context);
+    }
     let began = Instant::now();
     let mut display = Display::new(context)?;
-    let mut nodes = found(&folder.path, arguments, &mut display)?;
+    let mut nodes = found_all(&folder.path, arguments, &mut display)?;
     let view = train(&folder.path, &mut nodes, arguments, &mut display, &stop)?;
     let memory: u64 = nodes.iter().filter_map(Node::memory_bytes).sum();
     let answers = if stop.load(Ordering::Relaxed) {
@@ -74,9 +83,7 @@ pub(crate) fn run(context: &Context, arguments: &Arguments) -> anyhow::Result<()
     for node in &mut nodes {
         node.stop();
     }
-    if arguments.keep {
-        context.say(format_args!("The nodes' folders are in {}", folder.path.display()))?;
-    }
+    folder.tell(context)?;
     ensure!(!stop.load(Ordering::Relaxed), "interrupted; nothing was left running");
     Ok(())
 }
@@ -92,6 +99,14 @@ impl Folder {
         let path = std::env::temp_dir().join(format!("polder-demo-{}", std::process::id()));
         fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
         Ok(Self { path, keep })
+    }
+
+    /// Says where the folders are, if they stay.
+    fn tell(&self, context: &Context) -> anyhow::Result<()> {
+        if self.keep {
+            context.say(format_args!("The nodes' folders are in {}", self.path.display()))?;
+        }
+        Ok(())
     }
 }
 
@@ -137,7 +152,7 @@ fn is_half(number: u32, nodes: u32) -> bool {
 }
 
 /// Founds the federation and starts the nodes.
-fn found(root: &Path, arguments: &Arguments, display: &mut Display) -> anyhow::Result<Vec<Node>> {
+fn found_all(root: &Path, arguments: &Arguments, display: &mut Display) -> anyhow::Result<Vec<Node>> {
     let count = arguments.nodes;
     let mut nodes: Vec<Node> = Vec::new();
     for number in 0..count {
@@ -146,32 +161,36 @@ fn found(root: &Path, arguments: &Arguments, display: &mut Display) -> anyhow::R
         // The model is asked through the nodes that hold a half each.
         let serve = count < 4 || is_half(number, count);
         let settings = format!("threads = 1\nblocks_max = {blocks}\nserve = {serve}\n");
-        let mut node = Node::prepare(root, &name, &settings)?;
-        if let Some(gateway) = nodes.first() {
-            display.headline(&format!("{name} joins with an invite of {institution}"))?;
-            let invite: Value = gateway.verb(&["invite", "--institution", institution])?;
-            let line = invite
-                .get("invite")
-                .and_then(Value::as_str)
-                .context("the gateway printed no invite")?;
-            node.start(&[line])?;
-        } else {
-            display.headline("Leiden and Uppsala found a federation")?;
-            let _: Value = node.verb(&[
-                "charter",
-                "new",
-                "Delta",
-                "--institution",
-                "Leiden",
-                "--institution",
-                "Uppsala",
-            ])?;
-            node.start(&[])?;
-        }
-        node.wait_until_up()?;
-        nodes.push(node);
+        let node = Node::prepare(root, &name, &settings)?;
+        found(&mut nodes, node, institution, &mut |text| display.headline(text))?;
     }
     Ok(nodes)
+}
+
+/// Starts `node`: the first founds the federation, all others join with an invite of their institution.
+fn found(
+    nodes: &mut Vec<Node>,
+    mut node: Node,
+    institution: &str,
+    tell: &mut impl FnMut(&str) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    if let Some(gateway) = nodes.first() {
+        tell(&format!("{} joins with an invite of {institution}", node.name))?;
+        let invite: Value = gateway.verb(&["invite", "--institution", institution])?;
+        let line = invite
+            .get("invite")
+            .and_then(Value::as_str)
+            .context("the gateway printed no invite")?;
+        node.start(&[line])?;
+    } else {
+        tell("Leiden and Uppsala found a federation")?;
+        let founders = ["--institution", "Leiden", "--institution", "Uppsala"];
+        let _: Value = node.verb(&[&["charter", "new", "Delta"][..], &founders].concat())?;
+        node.start(&[])?;
+    }
+    node.wait_until_up()?;
+    nodes.push(node);
+    Ok(())
 }
 
 /// Gives every replica its languages, starts the run, and watches it to its end.

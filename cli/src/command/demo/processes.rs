@@ -160,6 +160,15 @@ impl Node {
         let _ = child.wait();
     }
 
+    /// Ends the node without a goodbye, as a power cut would.
+    pub(crate) fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // It may have ended in this very moment.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
     fn log(&self) -> PathBuf {
         self.home.join("node.log")
     }
@@ -167,11 +176,7 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            // Nothing is left to do where it has ended already.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        self.kill();
     }
 }
 

@@ -175,3 +175,16 @@ impl Display {
         Ok(())
     }
 }
+
+impl Drop for Display {
+    /// Leaves the last picture where it is, and lets text go on below it.
+    fn drop(&mut self) {
+        let Self::Picture(picture) = self else { return };
+        let terminal = &mut picture.0;
+        let last = terminal.get_frame().area().bottom().saturating_sub(1);
+        // A terminal that has gone away has no picture to leave.
+        let _ = terminal.set_cursor_position((0, last));
+        let _ = terminal.show_cursor();
+        let _ = crate::context::write_all("\n");
+    }
+}
