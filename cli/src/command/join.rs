@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
 use polder_node::daemon::{Config, Daemon, DaemonError, Started};
+use polder_node::enrol::EnrolError;
 use polder_node::home::Home;
 use polder_node::members::MembersError;
 use polder_protocol::invite::Invite;
@@ -128,6 +129,10 @@ fn explain(error: DaemonError) -> anyhow::Error {
              federation with `polder charter new`"
         }
         DaemonError::Members(_) => "a gateway of your institution can certify this node anew: `polder invite` there",
+        DaemonError::Enrol(error) if matches!(**error, EnrolError::Member { .. }) => {
+            "`polder join` without a line starts this node; for another federation, name another folder with --home"
+        }
+        DaemonError::Enrol(_) => "ask your institution's gateway for a new line: `polder invite`",
         DaemonError::Door { .. } => {
             "is the gateway running, and does a firewall between here and there let it through?"
         }

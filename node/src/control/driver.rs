@@ -681,6 +681,11 @@ impl Driver {
                 Reply::Done(wire::encode(&greeting))
             }
             Err(reason) => {
+                // It may have been a member until now.
+                self.shared.forget(node, reason.clone());
+                if let Some(meeting) = self.meetings.present.get_mut(&node) {
+                    meeting.member = None;
+                }
                 self.turn_away(node, now);
                 Reply::Refused(Refusal::NotAdmitted { reason })
             }

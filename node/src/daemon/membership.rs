@@ -9,10 +9,11 @@ use polder_protocol::invite::Invite;
 use tokio::task::JoinHandle;
 
 use super::DaemonError;
+use super::acquaintances::Acquaintances;
 use crate::control::{self, ControlConfig, ControlError, ControlHandle, PeerEvent, Service};
 use crate::enrol::{self, Newcomer};
 use crate::gate::Gate;
-use crate::home::{Home, KnownPeer};
+use crate::home::Home;
 use crate::members::Members;
 
 /// How often renewal is considered and files are read again, which `polder institution revoke` may have changed.
@@ -205,33 +206,16 @@ async fn renew(home: &Home, members: &Arc<Members>, control: &ControlHandle) {
     }
 }
 
-/// Peers to start from: those of the invite, and those that were met.
-pub(super) fn bootstrap(home: &Home) -> Result<Vec<(NodeId, Vec<String>)>, DaemonError> {
-    let known = home.peers()?;
-    Ok(known
-        .iter()
-        .filter_map(|peer| Some((peer.id()?, peer.control.clone())))
-        .collect())
-}
-
-/// Keeps the peers that are present, for the next start.
-pub(super) fn remember(home: &Home, control: &ControlHandle) {
-    let present = control.present();
-    if present.is_empty() {
-        return;
+/// Peers to start from: those that were met last, then the doors of the invite.
+pub(super) fn bootstrap(home: &Home, known: &Acquaintances) -> Result<Vec<(NodeId, Vec<String>)>, DaemonError> {
+    let mut peers = known.latest();
+    for door in home.peers()? {
+        match door.id() {
+            Some(node) if peers.iter().all(|(known, _)| *known != node) => peers.push((node, door.control)),
+            _ => {}
+        }
     }
-    let peers: Vec<KnownPeer> = present
-        .into_iter()
-        .take(64)
-        .map(|peer| KnownPeer {
-            node: peer.node.to_string(),
-            control: peer.control_addresses,
-            data: peer.data_addresses,
-        })
-        .collect();
-    if let Err(error) = home.save_peers(&peers) {
-        tracing::warn!(%error, "cannot keep the peers for the next start");
-    }
+    Ok(peers)
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {

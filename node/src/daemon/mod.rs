@@ -1,5 +1,6 @@
 //! Start, stop, configuration: the one place that wires everything together.
 
+mod acquaintances;
 mod admin;
 mod config;
 mod local;
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use polder_protocol::charter::Capabilities;
-use polder_protocol::hash::hex;
+use polder_protocol::hash::{NodeId, hex};
 use polder_protocol::identity::KeyPair;
 use polder_protocol::invite::Invite;
 use polder_protocol::policy::Verdict;
@@ -35,9 +36,11 @@ use crate::directory::{self, DirectoryHandle};
 use crate::enrol::EnrolError;
 use crate::gate::{AddressBook, Gate};
 use crate::home::{Home, HomeError, HomeLock, KnownPeer, random_32};
-use crate::members::{Members, MembersError};
+use crate::members::{Members, MembersError, unix_now};
 use crate::serve::{self, ServeConfig, ServeHandle};
+use crate::store::{DiskStore, StoreError};
 use crate::train::{self, TrainConfig, TrainError, TrainHandle};
+use acquaintances::Acquaintances;
 use network::{LateBook, hang_up_on_the_lost};
 
 /// What parts of the node get to finish in when it stops.
@@ -54,7 +57,7 @@ pub enum DaemonError {
     Home(#[from] HomeError),
     #[error(transparent)]
     Members(#[from] MembersError),
-    #[error("this node is not enrolled")]
+    #[error("this node cannot be enrolled")]
     Enrol(#[source] Box<EnrolError>),
     #[error("no gateway of the invite let this node in")]
     Door { source: ControlError },
@@ -66,6 +69,8 @@ pub enum DaemonError {
     Data(#[from] DataError),
     #[error("the store of blobs cannot be used")]
     Blobs(#[from] BlobError),
+    #[error("the index cannot be used")]
+    Index(#[from] StoreError),
     #[error("training does not start")]
     Train(#[from] TrainError),
     #[error("the local interface cannot listen on {address}: {source}")]
@@ -108,6 +113,7 @@ pub(crate) struct Shared {
     pub(crate) config: Config,
     pub(crate) members: Arc<Members>,
     pub(crate) refusals: Arc<membership::Refusals>,
+    pub(crate) acquaintances: Acquaintances,
     pub(crate) control: ControlHandle,
     pub(crate) data: DataPlane,
     pub(crate) device: Device,
@@ -163,7 +169,9 @@ impl Daemon {
             Arc::clone(&book) as Arc<dyn AddressBook>,
             blobs,
         )?;
-        let control = start_control(&home, &config, &key, &members, Arc::clone(&gate), &data).await?;
+        let acquaintances = open_index(&home).await?;
+        let bootstrap = membership::bootstrap(&home, &acquaintances)?;
+        let control = start_control(&config, &key, &members, Arc::clone(&gate), &data, bootstrap).await?;
         // Set once, here.
         let _ = book.0.set(control.clone());
         let refusals = Arc::default();
@@ -209,6 +217,7 @@ impl Daemon {
             config,
             members,
             refusals,
+            acquaintances,
             control,
             data,
             device,
@@ -249,7 +258,7 @@ impl Daemon {
     /// Stops: finishes what is under way, tells the peers, gives the device back.
     pub async fn stop(self) {
         self.shared.stop.cancel();
-        membership::remember(&self.home, &self.shared.control);
+        self.shared.acquaintances.remember(&self.shared.control, unix_now());
         let stopping = async {
             self.shared.serve.stop();
             self.shared.train.shutdown().await;
@@ -284,13 +293,27 @@ impl Shared {
     }
 }
 
+/// Opens what can be rebuilt. A damaged index is set aside and told of; the node starts with an empty one.
+async fn open_index(home: &Home) -> Result<Acquaintances, DaemonError> {
+    let path = home.index();
+    let opened = tokio::task::spawn_blocking(move || DiskStore::open(&path)).await;
+    let opened = match opened {
+        Ok(opened) => opened?,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    };
+    if let Some(aside) = opened.set_aside {
+        tracing::warn!(path = %aside.path.display(), reason = aside.reason, "the index was damaged; a new one is begun");
+    }
+    Ok(Acquaintances::new(Arc::new(opened.store)))
+}
+
 async fn start_control(
-    home: &Home,
     config: &Config,
     key: &KeyPair,
     members: &Members,
     gate: Arc<dyn Gate>,
     data: &DataPlane,
+    bootstrap: Vec<(NodeId, Vec<String>)>,
 ) -> Result<ControlHandle, DaemonError> {
     let family = if config.listen.is_ipv4() { "ip4" } else { "ip6" };
     let (address, port) = (config.listen, config.control_port);
@@ -300,7 +323,7 @@ async fn start_control(
         format!("/{family}/{address}/udp/{port}/quic-v1"),
     ];
     plane.external.clone_from(&config.external);
-    plane.bootstrap = membership::bootstrap(home)?;
+    plane.bootstrap = bootstrap;
     plane.mdns = config.mdns;
     plane.upnp = config.upnp;
     plane.relay_server = members.capabilities().has(Capabilities::RELAY);
@@ -353,7 +376,7 @@ fn obey(shared: &Arc<Shared>) {
                     let verdict = *verdicts.borrow_and_update();
                     shared_.working.send_replace(Working::of(&verdict));
                 }
-                _ = remember.tick() => membership::remember(&shared_.home, &shared_.control),
+                _ = remember.tick() => shared_.acquaintances.remember(&shared_.control, unix_now()),
                 () = shared_.stop.cancelled() => return,
             }
         }
