@@ -120,6 +120,12 @@ fn an_expired_certificate_and_a_revoked_node_are_refused_by_name() {
         let peers = status["peers"].as_array().unwrap();
         peers.iter().all(|peer| peer["path"] == "lost").then_some(())
     });
+    let told = nodes[1].home.join("revocations");
+    wait_for("the revoked node to hear", SEEN_TIME_MAX, || {
+        told.exists().then_some(())
+    });
+    let shut_out = nodes[1].verb(&["status"])["shut_out_because"].clone();
+    assert!(shut_out.as_str().unwrap().contains("has revoked node"), "{shut_out}");
     nodes[1].kill();
     let error = nodes[1].try_verb(&["join"]).unwrap_err();
     assert!(error.contains("revoked"), "{error}");

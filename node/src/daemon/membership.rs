@@ -81,7 +81,7 @@ pub(super) async fn enrol(home: &Home, seed: [u8; 32], invite: &Invite) -> Resul
 pub(super) fn keep(home: &Home, members: &Arc<Members>, control: &ControlHandle, refusals: &Arc<Refusals>) {
     let refusals = Arc::clone(refusals);
     answer_newcomers(home.clone(), Arc::clone(members), control);
-    answer_revocations(Arc::clone(members), control);
+    answer_revocations(home.clone(), Arc::clone(members), control);
     let (home, members, control) = (home.clone(), Arc::clone(members), control.clone());
     tokio::spawn(async move {
         let mut tick = tokio::time::interval(LOOK_EVERY);
@@ -119,14 +119,21 @@ fn answer_newcomers(home: Home, members: Arc<Members>, control: &ControlHandle) 
 }
 
 /// Takes charters and lists of revocations that members tell of.
-fn answer_revocations(members: Arc<Members>, control: &ControlHandle) {
+fn answer_revocations(home: Home, members: Arc<Members>, control: &ControlHandle) {
     let mut asked = control.register(Service::Revocations);
     let control = control.clone();
     tokio::spawn(async move {
         while let Some(incoming) = asked.recv().await {
             if take(&members, &incoming.body) {
-                let (members, control) = (Arc::clone(&members), control.clone());
-                tokio::spawn(async move { tell_all(&members, &control, Some(incoming.from)).await });
+                let (home, members, control) = (home.clone(), Arc::clone(&members), control.clone());
+                tokio::spawn(async move {
+                    // Kept at once: whoever is shut out now may be stopped next.
+                    let (folder, own) = (home, Arc::clone(&members));
+                    if let Err(error) = blocking(move || own.reload(&folder)).await {
+                        tracing::warn!(%error, "cannot keep news of the membership");
+                    }
+                    tell_all(&members, &control, Some(incoming.from)).await;
+                });
             }
             // The teller may have gone.
             let _ = incoming.reply.send(Vec::new());

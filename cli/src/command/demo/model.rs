@@ -34,7 +34,6 @@ const QUESTIONS: &[&str] = &[
 struct Answer {
     text: String,
     nodes: Vec<String>,
-    stages_lost: u64,
     tokens_per_second: f64,
 }
 
@@ -79,7 +78,7 @@ pub(super) fn run(context: &Context, root: &Path, file: &Path, count: u32, stop:
     let mut answers = Vec::new();
     for question in QUESTIONS {
         if !stop.load(Ordering::Relaxed) {
-            answers.push((*question, put(context, &client, &nodes, question, |_| Ok(()))?));
+            answers.push((*question, put(context, &client, &names(&nodes), question, |_| ())?));
         }
     }
     let mut survived = None;
@@ -134,7 +133,7 @@ fn wait_until_served(client: &Client, copies: usize, stop: &AtomicBool) -> anyho
     }
 }
 
-/// Asks the first question again and kills a node that answers it. Says whether the text was the same.
+/// Asks the first question again and kills a node that computes the answer. Says whether the text was the same.
 fn survive(
     context: &Context,
     client: &Client,
@@ -144,53 +143,47 @@ fn survive(
     let Some((question, before)) = answers.first() else {
         return Ok(None);
     };
-    let gateway = nodes.first().map(|node| node.name.clone()).unwrap_or_default();
-    let Some(victim) = before.nodes.iter().find(|name| **name != gateway) else {
-        return Ok(None);
-    };
-    let Some(index) = nodes.iter().position(|node| node.name == *victim) else {
-        return Ok(None);
-    };
-    context.say(format_args!("The same again, and {victim} is killed in the middle:"))?;
-    let names: Vec<(String, Option<String>)> = nodes.iter().map(|node| (node.name.clone(), node.id.clone())).collect();
-    let doomed = nodes.get_mut(index).context("there is no such node")?;
-    let after = put_named(context, client, &names, question, |pieces| {
-        if pieces == PIECES_BEFORE_THE_KILL {
-            doomed.kill();
+    context.say("The same again, and a node that computes is killed in the middle of its answer:")?;
+    let names = names(nodes);
+    let mut killed = None;
+    let after = put(context, client, &names, question, |pieces| {
+        if pieces == PIECES_BEFORE_THE_KILL
+            && let Some(node) = nodes.iter_mut().skip(1).find(|node| computes(node))
+        {
+            node.kill();
+            killed = Some(node.name.clone());
         }
-        Ok(())
     })?;
+    let Some(killed) = killed else {
+        context.say("No other node was computing, so none was killed.")?;
+        return Ok(None);
+    };
     let same = after.text == before.text;
     context.say(format_args!(
-        "{}; stages lost and replaced: {}",
-        if same {
-            "The text is the same"
-        } else {
-            "The text differs"
-        },
-        after.stages_lost
+        "{killed} was killed and replaced; the text {}.",
+        if same { "is the same" } else { "differs" }
     ))?;
     Ok(Some(same))
 }
 
-fn put(
-    context: &Context,
-    client: &Client,
-    nodes: &[Node],
-    question: &str,
-    seen: impl FnMut(usize) -> anyhow::Result<()>,
-) -> anyhow::Result<Answer> {
-    let names: Vec<(String, Option<String>)> = nodes.iter().map(|node| (node.name.clone(), node.id.clone())).collect();
-    put_named(context, client, &names, question, seen)
+/// Whether a session sits on a node now.
+fn computes(node: &Node) -> bool {
+    let status = Client::open(&node.home).and_then(|client| client.get::<Status>("/polder/v1/status"));
+    status.is_ok_and(|status| status.sessions > 0)
+}
+
+/// Names of nodes and their ids.
+fn names(nodes: &[Node]) -> Vec<(String, Option<String>)> {
+    nodes.iter().map(|node| (node.name.clone(), node.id.clone())).collect()
 }
 
 /// Asks, and shows the answer as it comes. `seen` hears how many pieces have come.
-fn put_named(
+fn put(
     context: &Context,
     client: &Client,
     names: &[(String, Option<String>)],
     question: &str,
-    mut seen: impl FnMut(usize) -> anyhow::Result<()>,
+    mut seen: impl FnMut(usize),
 ) -> anyhow::Result<Answer> {
     let body = json!({ "messages": [message("user", question)], "temperature": 0.0, "max_tokens": ANSWER_TOKENS_MAX,
                        "stream": true });
@@ -207,7 +200,7 @@ fn put_named(
                     write_all(&more.replace('\n', "\n  "))?;
                 }
                 text.push_str(&more);
-                seen(pieces)?;
+                seen(pieces);
             }
             Piece::Ended { polder: who, .. } => polder = who,
             Piece::Usage(_) => {}
@@ -232,7 +225,6 @@ fn put_named(
     Ok(Answer {
         text,
         nodes,
-        stages_lost: polder.get("stages_lost").and_then(Value::as_u64).unwrap_or(0),
         tokens_per_second,
     })
 }
