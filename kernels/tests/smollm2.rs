@@ -70,8 +70,8 @@ fn packed_weights_stay_near_llama_cpp() {
     }
     let mean = sum / count as f32;
     println!("packed: mean {mean}, worst {worst}");
-    // Widened weights with exact activations stand 0.144 from llama.cpp, whose int8 noise that is; ours comes on top.
-    assert!(worst < 0.7 && mean < 0.16, "mean {mean}, worst {worst}");
+    // Widened weights with exact activations stand 0.144 from llama.cpp, whose int8 noise that is; ours, in all but the logits, comes on top.
+    assert!(worst < 0.7 && mean < 0.15, "mean {mean}, worst {worst}");
 }
 
 struct Model {

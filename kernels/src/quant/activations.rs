@@ -42,6 +42,19 @@ impl Activations {
         }
     }
 
+    /// What rounding took from `x`, the rows that were rounded. Where a unit's scale is not finite, nothing is left.
+    pub(super) fn rest(&self, x: &[f32]) -> Vec<f32> {
+        let units = x.as_chunks::<UNIT>().0.iter().zip(self.quants.as_chunks::<UNIT>().0);
+        let rest = units.zip(&self.scales).flat_map(|((values, quants), scale)| {
+            let left = move |(value, quant): (&f32, &i8)| match scale.is_finite() {
+                true => value - scale * f32::from(*quant),
+                false => 0.0,
+            };
+            values.iter().zip(quants).map(left)
+        });
+        rest.collect()
+    }
+
     pub(super) fn row(&self, row: usize) -> ActivationRow<'_> {
         let units = self.cols / UNIT;
         ActivationRow {

@@ -171,6 +171,26 @@ impl PackedMatrix {
         self.multiply_by(Path::best(), x, n, out);
     }
 
+    /// As [`PackedMatrix::multiply`], with 15 bits of each activation in place of 7: what rounding left over is rounded
+    /// once more and multiplied too. Weights are read once, so a product that waits for memory takes no longer.
+    ///
+    /// # Panics
+    ///
+    /// When `x` or `out` is of another size.
+    pub fn multiply_finely(&self, x: &[f32], n: usize, out: &mut [f32]) {
+        if self.ty.is_float() {
+            return self.multiply(x, n, out);
+        }
+        let mut both = x.to_vec();
+        both.extend(Activations::round(x, self.cols).rest(x));
+        let mut sums = vec![0.0; 2 * out.len()];
+        self.multiply(&both, 2 * n, &mut sums);
+        let (coarse, fine) = sums.split_at(out.len());
+        for ((out, coarse), fine) in out.iter_mut().zip(coarse).zip(fine) {
+            *out = coarse + fine;
+        }
+    }
+
     /// All values, row-major.
     pub fn widen(&self) -> Vec<f32> {
         let mut values = vec![0.0; self.rows * self.cols];

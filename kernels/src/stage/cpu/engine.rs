@@ -11,7 +11,7 @@ use super::experts::{ExpertWeights, Routing};
 use super::grouped::GroupedWeights;
 use super::latent::{LatentCache, LatentWeights};
 use super::mamba::{MambaState, MambaWeights};
-use super::matrix::products;
+use super::matrix::product_finely;
 use super::mlp::MlpWeights;
 use crate::model::{Config, Frequencies};
 use crate::stage::further::FurtherWeights;
@@ -163,7 +163,7 @@ impl Engine {
             return Output::Hidden(normed);
         };
         let mut logits = vec![0.0; rows * self.config.vocabulary];
-        products(&normed, rows, [(projection, &mut logits[..])]);
+        product_finely(&normed, rows, projection, &mut logits);
         Output::Logits(logits)
     }
 

@@ -68,6 +68,15 @@ impl Matrix {
     }
 }
 
+/// `out[i, r] = Σ_c w[r, c] · x[i, c]` with 15 bits of each activation where the weight is packed: for logits, in which
+/// no later sum evens out what rounding takes.
+pub(super) fn product_finely(x: &[f32], n: usize, matrix: &Matrix, out: &mut [f32]) {
+    match matrix {
+        Matrix::Plain(PlainMatrix(weight)) => multiply(x, n, &mut [Product { weight, out }]),
+        Matrix::Packed(packed) => packed.multiply_finely(x, n, out),
+    }
+}
+
 /// As [`products`], for any number of weights.
 pub(super) fn products_of(x: &[f32], n: usize, pairs: Vec<(&Matrix, &mut [f32])>) {
     let mut plain = Vec::with_capacity(pairs.len());
