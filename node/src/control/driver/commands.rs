@@ -1,0 +1,151 @@
+//! What the rest of the node asks of the control plane: meet, request, publish, subscribe.
+
+use std::time::Instant;
+
+use libp2p::Multiaddr;
+use libp2p::gossipsub::{self, IdentTopic};
+use libp2p::swarm::DialError;
+use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
+use polder_protocol::hash::NodeId;
+use polder_protocol::wire::{self, Envelope, Request};
+
+use super::{Asked, Driver, refuse_id, unreachable};
+use crate::control::ControlError;
+use crate::control::address::peer_of;
+use crate::control::behaviour::topic_score;
+use crate::control::handle::Command;
+use crate::control::meetings::Waiting;
+
+impl Driver {
+    pub(super) fn on_command(&mut self, command: Command) {
+        match command {
+            Command::Request {
+                to,
+                addresses,
+                service,
+                body,
+                answer,
+            } => {
+                let request = Request { service, body };
+                if service.before_membership() {
+                    let Some(peer) = peer_of(to) else {
+                        return refuse_id(to, answer);
+                    };
+                    let id = self
+                        .swarm
+                        .behaviour_mut()
+                        .requests
+                        .send_request_with_addresses(&peer, request, addresses);
+                    self.asked.insert(id, (to, Asked::Request { service, answer }));
+                } else if self.meetings.member(to).is_some() {
+                    self.send(to, request, Asked::Request { service, answer });
+                } else {
+                    self.meet(
+                        to,
+                        addresses,
+                        Waiting {
+                            request: Some(request),
+                            answer,
+                        },
+                    );
+                }
+            }
+            Command::Meet { to, addresses, answer } => {
+                if self.meetings.member(to).is_some() {
+                    // The asker may have given up.
+                    let _ = answer.send(Ok(Vec::new()));
+                } else {
+                    self.meet(to, addresses, Waiting { request: None, answer });
+                }
+            }
+            Command::Publish { topic, bytes, answer } => {
+                // The asker may have given up.
+                let _ = answer.send(self.publish(topic, bytes));
+            }
+            Command::Subscribe { topic } => self.subscribe(&topic),
+            Command::Reintroduce => {
+                let members: Vec<NodeId> = self.meetings.present.keys().copied().collect();
+                members.into_iter().for_each(|node| self.greet(node));
+            }
+            // Handled by the loop, which ends with it.
+            Command::Shutdown { .. } => {}
+        }
+    }
+
+    /// Keeps a request until its peer is a member, and goes to meet it.
+    pub(super) fn meet(&mut self, to: NodeId, addresses: Vec<Multiaddr>, waiting: Waiting) {
+        if to == self.shared.node {
+            let reason = "it is this node itself".into();
+            let _ = waiting.answer.send(Err(ControlError::Unreachable { node: to, reason }));
+            return;
+        }
+        self.meetings.remember(to, addresses);
+        if let Err(waiting) = self.meetings.wait(to, waiting) {
+            let _ = waiting.answer.send(Err(ControlError::Overloaded));
+            return;
+        }
+        match self.meetings.present.get(&to) {
+            Some(meeting) if !meeting.greeting && meeting.closes.is_none() => self.greet(to),
+            Some(_) => {}
+            None => self.dial(to),
+        }
+    }
+
+    pub(super) fn dial(&mut self, node: NodeId) {
+        let Some(peer) = peer_of(node) else {
+            return self.fail_waiting(node, || unreachable(node, "its id is not a key"));
+        };
+        let options = DialOpts::peer_id(peer)
+            .addresses(self.meetings.addresses(node))
+            .extend_addresses_through_behaviour()
+            .condition(PeerCondition::DisconnectedAndNotDialing)
+            .build();
+        match self.swarm.dial(options) {
+            Ok(()) | Err(DialError::DialPeerConditionFalse(_)) => {}
+            Err(DialError::NoAddresses) => {
+                // Perhaps the routing table leads there; a later try finds what it learnt.
+                self.swarm.behaviour_mut().kad.get_closest_peers(peer);
+                self.fail_waiting(node, || unreachable(node, "none of its addresses is known"));
+            }
+            Err(error) => {
+                self.meetings.failed(node, Instant::now());
+                let reason = error.to_string();
+                self.fail_waiting(node, || unreachable(node, &reason));
+            }
+        }
+    }
+
+    pub(super) fn publish(&mut self, topic: String, bytes: Vec<u8>) -> Result<(), ControlError> {
+        let envelope = Envelope {
+            credentials: self.gate.credentials(),
+            body: bytes,
+        };
+        let published = self
+            .swarm
+            .behaviour_mut()
+            .gossip
+            .publish(IdentTopic::new(&topic), wire::encode(&envelope));
+        match published {
+            Ok(_) | Err(gossipsub::PublishError::Duplicate) => Ok(()),
+            Err(gossipsub::PublishError::NoPeersSubscribedToTopic) => Err(ControlError::NobodyListens { topic }),
+            Err(error) => Err(ControlError::Gossip {
+                topic,
+                reason: error.to_string(),
+            }),
+        }
+    }
+
+    pub(super) fn subscribe(&mut self, topic: &str) {
+        let topic = IdentTopic::new(topic);
+        let gossip = &mut self.swarm.behaviour_mut().gossip;
+        match gossip.subscribe(&topic) {
+            Ok(true) => {
+                if let Err(reason) = gossip.set_topic_params(topic, topic_score()) {
+                    tracing::debug!(reason, "a topic keeps the default score");
+                }
+            }
+            Ok(false) => {}
+            Err(error) => tracing::warn!(%error, %topic, "cannot subscribe"),
+        }
+    }
+}

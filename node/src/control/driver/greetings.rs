@@ -1,0 +1,323 @@
+//! Who is let in: greetings, goodbyes, and the door.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use libp2p::swarm::ConnectionId;
+use polder_protocol::hash::NodeId;
+use polder_protocol::wire::{
+    self, ADDRESSES_MAX, Farewell, Greeting, HINTS_MAX, Hello, PeerHint, Refusal, Reply, Request, Service,
+};
+
+use super::{Asked, Driver, RECHECK, unreachable};
+use crate::control::address::{data_addresses, peer_of, readable};
+use crate::control::behaviour::AGENT;
+use crate::control::meetings::{Member, REFUSED_STAYS};
+use crate::control::shared::{lock, unix_now};
+use crate::control::{ControlError, Path, PeerEvent, PeerRecord};
+
+impl Driver {
+    pub(super) fn own_hello(&self) -> Hello {
+        let listening = lock(&self.shared.listen_addresses).clone();
+        let mut control_addresses: Vec<String> = self.swarm.external_addresses().map(ToString::to_string).collect();
+        control_addresses.extend(listening);
+        control_addresses.truncate(ADDRESSES_MAX);
+        let mut data_addresses = lock(&self.shared.data_addresses).clone();
+        data_addresses.truncate(ADDRESSES_MAX);
+        Hello {
+            agent: AGENT.into(),
+            instance: self.instance,
+            credentials: self.gate.credentials(),
+            control_addresses,
+            data_addresses,
+        }
+    }
+
+    /// Shows this node's credentials. A newcomer has none, and only asks to be enrolled.
+    pub(super) fn greet(&mut self, node: NodeId) {
+        let hello = self.own_hello();
+        if hello.credentials.is_empty() {
+            return self.fail_waiting(node, || unreachable(node, "this node has no certificate to show"));
+        }
+        let Some(meeting) = self.meetings.present.get_mut(&node) else {
+            return;
+        };
+        meeting.greeting = true;
+        let request = Request {
+            service: Service::Hello,
+            body: wire::encode(&hello),
+        };
+        self.send(node, request, Asked::Greeting);
+    }
+
+    pub(super) fn on_hello(&mut self, node: NodeId, connection: ConnectionId, body: &[u8], now: Instant) -> Reply {
+        let hello: Hello = match wire::decode(body) {
+            Ok(hello) => hello,
+            Err(error) => {
+                return Reply::Refused(Refusal::Malformed {
+                    reason: error.to_string(),
+                });
+            }
+        };
+        match self.accept(node, connection, &hello, now) {
+            Ok(()) => {
+                let greeting = Greeting {
+                    hello: self.own_hello(),
+                    peers: self.hints(node),
+                };
+                Reply::Done(wire::encode(&greeting))
+            }
+            Err(reason) => {
+                // It may have been a member until now.
+                self.shared.forget(node, reason.clone());
+                if let Some(meeting) = self.meetings.present.get_mut(&node) {
+                    meeting.member = None;
+                }
+                self.turn_away(node, now);
+                Reply::Refused(Refusal::NotAdmitted { reason })
+            }
+        }
+    }
+
+    /// Asks the gate about a peer, and keeps what it told of itself.
+    pub(super) fn accept(
+        &mut self,
+        node: NodeId,
+        connection: ConnectionId,
+        hello: &Hello,
+        now: Instant,
+    ) -> Result<(), String> {
+        let admitted = self.gate.admit(node, &hello.credentials).map_err(|refused| {
+            self.shared.tell(PeerEvent::Refused {
+                node,
+                reason: refused.reason.clone(),
+            });
+            tracing::info!(%node, reason = refused.reason, "peer refused");
+            refused.reason
+        })?;
+        let Some(meeting) = self.meetings.present.get_mut(&node) else {
+            return Ok(());
+        };
+        let restarted = meeting
+            .member
+            .as_ref()
+            .is_some_and(|member| member.instance != hello.instance);
+        if restarted {
+            // The other connections end in a process that is gone, though nobody has told this one.
+            for gone in meeting.connections.keys().filter(|id| **id != connection) {
+                self.swarm.close_connection(*gone);
+            }
+            self.shared.forget(node, "it has restarted".into());
+        }
+        let relayed = meeting.connections.values().all(|relayed| *relayed);
+        let rtt = lock(&self.shared.peers).get(&node).and_then(|record| record.rtt);
+        let record = PeerRecord {
+            node,
+            institution: admitted.institution,
+            capabilities: admitted.capabilities,
+            agent: hello.agent.clone(),
+            control_addresses: hello.control_addresses.clone(),
+            data_addresses: data_addresses(&hello.data_addresses, meeting.seen),
+            rtt,
+            path: if relayed { Path::Relayed } else { Path::Direct },
+            last_seen: unix_now(),
+        };
+        meeting.member = Some(Member {
+            admitted,
+            credentials: hello.credentials.clone(),
+            greeted: now,
+            instance: hello.instance,
+        });
+        meeting.closes = None;
+        self.shared.keep(record);
+        self.meetings.succeeded(node);
+        let addresses = readable(&hello.control_addresses);
+        if let Some(peer) = peer_of(node) {
+            for address in &addresses {
+                self.swarm.behaviour_mut().kad.add_address(&peer, address.clone());
+            }
+        }
+        self.meetings.remember(node, addresses);
+        Ok(())
+    }
+
+    pub(super) fn hints(&self, newcomer: NodeId) -> Vec<PeerHint> {
+        let peers = lock(&self.shared.peers);
+        let others = peers
+            .values()
+            .filter(|record| record.node != newcomer && record.path != Path::Lost);
+        others
+            .take(HINTS_MAX)
+            .map(|record| PeerHint {
+                node: record.node,
+                control_addresses: record.control_addresses.clone(),
+            })
+            .collect()
+    }
+
+    pub(super) fn on_greeting(&mut self, node: NodeId, connection: ConnectionId, reply: Reply, now: Instant) {
+        let greeting: Greeting = match reply {
+            Reply::Done(body) => match wire::decode(&body) {
+                Ok(greeting) => greeting,
+                Err(error) => {
+                    let reason = error.to_string();
+                    self.fail_waiting(node, || unreachable(node, &reason));
+                    return self.turn_away(node, now);
+                }
+            },
+            Reply::Refused(Refusal::NotAdmitted { reason }) => {
+                tracing::warn!(%node, reason, "a peer refuses this node");
+                self.shared.tell(PeerEvent::RefusedBy {
+                    node,
+                    reason: reason.clone(),
+                });
+                self.fail_waiting(node, || ControlError::RefusedBy {
+                    node,
+                    reason: reason.clone(),
+                });
+                return self.turn_away(node, now);
+            }
+            Reply::Refused(_) => {
+                self.fail_waiting(node, || unreachable(node, "it does not answer greetings"));
+                return self.turn_away(node, now);
+            }
+        };
+        if let Err(reason) = self.accept(node, connection, &greeting.hello, now) {
+            let farewell = Farewell {
+                reason: reason.clone(),
+                refused: true,
+            };
+            self.send(
+                node,
+                Request {
+                    service: Service::Goodbye,
+                    body: wire::encode(&farewell),
+                },
+                Asked::Farewell,
+            );
+            self.fail_waiting(node, || ControlError::Refused {
+                node,
+                reason: reason.clone(),
+            });
+            return self.turn_away(node, now);
+        }
+        for hint in greeting.peers {
+            if hint.node != self.shared.node {
+                self.meetings.remember(hint.node, readable(&hint.control_addresses));
+            }
+        }
+    }
+
+    pub(super) fn on_goodbye(&mut self, node: NodeId, body: &[u8], now: Instant) {
+        let Ok(farewell) = wire::decode::<Farewell>(body) else {
+            return;
+        };
+        if farewell.refused {
+            self.shared.tell(PeerEvent::RefusedBy {
+                node,
+                reason: farewell.reason.clone(),
+            });
+            self.fail_waiting(node, || ControlError::RefusedBy {
+                node,
+                reason: farewell.reason.clone(),
+            });
+        }
+        self.shared.forget(node, farewell.reason);
+        if let Some(meeting) = self.meetings.present.get_mut(&node) {
+            meeting.member = None;
+        }
+        self.turn_away(node, now);
+        self.meetings.forget(node);
+    }
+
+    /// Lets a peer read why, then closes.
+    pub(super) fn turn_away(&mut self, node: NodeId, now: Instant) {
+        self.meetings.failed(node, now);
+        if let Some(meeting) = self.meetings.present.get_mut(&node) {
+            meeting.closes = Some(now + REFUSED_STAYS);
+        }
+    }
+
+    /// A new member gets what waited for it, and what it asked early is answered.
+    pub(super) fn flush(&mut self, node: NodeId) {
+        let member = self.meetings.member(node).is_some();
+        let (early, rest): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut self.early)
+            .into_iter()
+            .partition(|(from, ..)| *from == node);
+        self.early = rest;
+        for (_, request, channel) in early {
+            if member {
+                self.dispatch(node, request, channel);
+            } else {
+                let reason = "show valid credentials first".into();
+                self.reply(channel, Reply::Refused(Refusal::NotAdmitted { reason }));
+            }
+        }
+        if !member {
+            return;
+        }
+        for waiting in self.meetings.take_waiting(node) {
+            match waiting.request {
+                Some(request) => {
+                    let service = request.service;
+                    self.send(
+                        node,
+                        request,
+                        Asked::Request {
+                            service,
+                            answer: waiting.answer,
+                        },
+                    );
+                }
+                // The asker may have given up.
+                None => drop(waiting.answer.send(Ok(Vec::new()))),
+            }
+        }
+    }
+
+    pub(super) fn fail_waiting(&mut self, node: NodeId, error: impl Fn() -> ControlError) {
+        for waiting in self.meetings.take_waiting(node) {
+            // The asker may have given up.
+            let _ = waiting.answer.send(Err(error()));
+        }
+    }
+
+    pub(super) fn disconnect(&mut self, node: NodeId) {
+        if let Some(peer) = peer_of(node) {
+            // It may have gone by itself.
+            let _ = self.swarm.disconnect_peer_id(peer);
+        }
+    }
+
+    /// Asks the gate about every member again: certificates expire and are revoked.
+    pub(super) fn recheck(&mut self, now: Instant) {
+        let members = self
+            .meetings
+            .present
+            .iter()
+            .filter_map(|(node, meeting)| Some((*node, meeting.member.as_ref()?)));
+        let due = members.filter(|(_, member)| now.saturating_duration_since(member.greeted) >= RECHECK);
+        let refused =
+            due.filter_map(|(node, member)| Some((node, self.gate.admit(node, &member.credentials).err()?.reason)));
+        let refused: Vec<(NodeId, String)> = refused.collect();
+        for (node, reason) in refused {
+            let farewell = Farewell {
+                reason: reason.clone(),
+                refused: true,
+            };
+            self.send(
+                node,
+                Request {
+                    service: Service::Goodbye,
+                    body: wire::encode(&farewell),
+                },
+                Asked::Farewell,
+            );
+            self.shared.forget(node, reason);
+            if let Some(meeting) = self.meetings.present.get_mut(&node) {
+                meeting.member = None;
+            }
+            self.turn_away(node, now);
+        }
+    }
+}

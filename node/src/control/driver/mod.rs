@@ -1,0 +1,250 @@
+//! Drives the swarm: one task that hears the network, the rest of the node, and the clock.
+
+mod commands;
+mod events;
+mod greetings;
+mod requests;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use libp2p::core::transport::ListenerId;
+use libp2p::request_response::{OutboundRequestId, ResponseChannel};
+use libp2p::swarm::SwarmEvent;
+use libp2p::{Multiaddr, Swarm};
+use polder_protocol::hash::NodeId;
+use polder_protocol::wire::{self, Farewell, Refusal, Reply, Request, Service};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::MissedTickBehavior;
+
+use super::address::{keypair, listen_error, multiaddresses, node_of, probe_port};
+use super::behaviour::{Behaviour, build};
+use super::gossip::Authors;
+use super::handle::Command;
+use super::meetings::{Answer, Meetings, STRANGER_STAYS};
+use super::shared::{Shared, lock};
+use super::{ControlConfig, ControlError, ControlHandle};
+use crate::gate::Gate;
+
+/// What waits for the driver.
+const COMMANDS_MAX: usize = 512;
+
+/// How long a listener may take to come up.
+const LISTEN_TIME_MAX: Duration = Duration::from_secs(10);
+
+/// How often the driver looks at the clock.
+const TICK: Duration = Duration::from_millis(500);
+
+/// How often every member's credentials are asked about again: a revocation takes effect no later than this.
+const RECHECK: Duration = Duration::from_secs(10);
+
+/// Dials begun at one tick.
+const DIALS_PER_TICK: usize = 8;
+
+/// Requests of peers whose greeting is on its way to us. A listener may ask as soon as it has greeted.
+const EARLY_MAX: usize = 256;
+
+/// Requests that services are working on; more are answered with "busy".
+const REPLIES_MAX: usize = 4096;
+
+/// What goodbyes may take when the node stops.
+const GOODBYE_TIME_MAX: Duration = Duration::from_millis(700);
+
+type Reached = BoxFuture<'static, (ResponseChannel<Reply>, Option<Vec<u8>>)>;
+
+/// Builds the swarm, listens, and spawns the driver.
+pub(super) async fn start(
+    config: ControlConfig,
+    gate: Arc<dyn Gate>,
+) -> Result<(ControlHandle, JoinHandle<()>), ControlError> {
+    let keypair = keypair(config.seed)?;
+    let node = node_of(&keypair.public().to_peer_id()).ok_or_else(|| ControlError::Seed {
+        reason: "its public key is not ed25519".into(),
+    })?;
+    let shared = Arc::new(Shared::new(node, config.data_addresses.clone()));
+    let mut swarm = build(keypair, &config, &shared)?;
+    listen(&mut swarm, &config, &shared).await?;
+    for address in multiaddresses(&config.external)? {
+        swarm.add_external_address(address);
+    }
+    let mut meetings = Meetings::default();
+    for (node, addresses) in &config.bootstrap {
+        meetings.remember_bootstrap(*node, multiaddresses(addresses)?);
+    }
+    let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
+    let driver = Driver {
+        peers_target: config.peers_target,
+        // Without random numbers a restart is noticed only when the old connections end.
+        instance: getrandom::u64().unwrap_or(0),
+        swarm,
+        gate,
+        shared: Arc::clone(&shared),
+        meetings,
+        authors: Authors::default(),
+        asked: BTreeMap::new(),
+        replies: FuturesUnordered::new(),
+        early: VecDeque::new(),
+        rechecked: Instant::now(),
+        relayed_by: None,
+    };
+    Ok((ControlHandle { shared, commands }, tokio::spawn(driver.run(inbox))))
+}
+
+async fn listen(swarm: &mut Swarm<Behaviour>, config: &ControlConfig, shared: &Shared) -> Result<(), ControlError> {
+    let mut coming: HashMap<ListenerId, Multiaddr> = HashMap::new();
+    for address in multiaddresses(&config.listen)? {
+        probe_port(&address)?;
+        let listener = swarm.listen_on(address.clone()).map_err(|error| ControlError::Listen {
+            address: address.to_string(),
+            reason: error.to_string(),
+            hint: "check the address; `/ip4/0.0.0.0/tcp/4001` listens on every interface",
+        })?;
+        coming.insert(listener, address);
+    }
+    let all_up = async {
+        while !coming.is_empty() {
+            match swarm.select_next_some().await {
+                SwarmEvent::NewListenAddr { listener_id, address } => {
+                    lock(&shared.listen_addresses).push(address.to_string());
+                    coming.remove(&listener_id);
+                }
+                SwarmEvent::ListenerError { listener_id, error } => {
+                    if let Some(address) = coming.get(&listener_id) {
+                        return Err(listen_error(address, &error));
+                    }
+                }
+                SwarmEvent::ListenerClosed {
+                    listener_id,
+                    reason: Err(error),
+                    ..
+                } => {
+                    if let Some(address) = coming.get(&listener_id) {
+                        return Err(listen_error(address, &error));
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    };
+    // A network without addresses must not keep a node from starting: it listens once there is one.
+    tokio::time::timeout(LISTEN_TIME_MAX, all_up).await.unwrap_or(Ok(()))
+}
+
+/// What an outgoing request was for.
+enum Asked {
+    Greeting,
+    Farewell,
+    Request { service: Service, answer: Answer },
+}
+
+struct Driver {
+    peers_target: usize,
+    instance: u64,
+    swarm: Swarm<Behaviour>,
+    gate: Arc<dyn Gate>,
+    shared: Arc<Shared>,
+    meetings: Meetings,
+    authors: Authors,
+    asked: BTreeMap<OutboundRequestId, (NodeId, Asked)>,
+    replies: FuturesUnordered<Reached>,
+    early: VecDeque<(NodeId, Request, ResponseChannel<Reply>)>,
+    rechecked: Instant,
+    /// The member through which this node may be reached, where it asked one.
+    relayed_by: Option<NodeId>,
+}
+
+impl Driver {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Command>) {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                event = self.swarm.select_next_some() => self.on_event(event),
+                Some((channel, answer)) = self.replies.next(), if !self.replies.is_empty() => {
+                    let reply = answer.map_or(Reply::Refused(Refusal::Busy), Reply::Done);
+                    self.reply(channel, reply);
+                }
+                command = inbox.recv() => match command {
+                    Some(Command::Shutdown { done }) => {
+                        self.say_goodbye().await;
+                        // Whoever asked may have gone.
+                        let _ = done.send(());
+                        return;
+                    }
+                    Some(command) => self.on_command(command),
+                    None => return self.say_goodbye().await,
+                },
+                _ = tick.tick() => self.on_tick(Instant::now()),
+            }
+        }
+    }
+
+    fn on_tick(&mut self, now: Instant) {
+        self.meetings.drop_abandoned();
+        let leaving = self.meetings.present.iter().filter(|(_, meeting)| {
+            let overdue = meeting.closes.is_some_and(|closes| closes <= now);
+            overdue || (meeting.member.is_none() && now.saturating_duration_since(meeting.since) > STRANGER_STAYS)
+        });
+        let leaving: Vec<NodeId> = leaving.map(|(node, _)| *node).collect();
+        leaving.into_iter().for_each(|node| self.disconnect(node));
+        if now.saturating_duration_since(self.rechecked) >= RECHECK {
+            self.rechecked = now;
+            self.recheck(now);
+        }
+        let topics: Vec<String> = lock(&self.shared.topics).keys().cloned().collect();
+        topics.iter().for_each(|topic| self.subscribe(topic));
+        if self.gate.credentials().is_empty() {
+            return;
+        }
+        if self.meetings.members() < self.peers_target {
+            for node in self.meetings.worth_a_dial(DIALS_PER_TICK, now) {
+                if node != self.shared.node {
+                    self.dial(node);
+                }
+            }
+        }
+    }
+
+    async fn say_goodbye(&mut self) {
+        let farewell = wire::encode(&Farewell {
+            reason: "it has left".into(),
+            refused: false,
+        });
+        let members: Vec<NodeId> = self.meetings.present.keys().copied().collect();
+        for node in members {
+            if self.meetings.member(node).is_some() {
+                let request = Request {
+                    service: Service::Goodbye,
+                    body: farewell.clone(),
+                };
+                self.send(node, request, Asked::Farewell);
+            }
+        }
+        let said = async {
+            while self.asked.values().any(|(_, asked)| matches!(asked, Asked::Farewell)) {
+                let event = self.swarm.select_next_some().await;
+                self.on_event(event);
+            }
+        };
+        // Whoever does not hear it notices the closed connection.
+        let _ = tokio::time::timeout(GOODBYE_TIME_MAX, said).await;
+    }
+}
+
+fn unreachable(node: NodeId, reason: &str) -> ControlError {
+    ControlError::Unreachable {
+        node,
+        reason: reason.to_owned(),
+    }
+}
+
+fn refuse_id(node: NodeId, answer: Answer) {
+    // The asker may have given up.
+    let _ = answer.send(Err(unreachable(node, "its id is not a key")));
+}
