@@ -9,9 +9,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use polder_node::enrol::{certify, packet};
+use polder_node::enrol::packet;
 use polder_node::home::Home;
-use polder_protocol::charter::Capabilities;
+use polder_node::members::unix_now;
+use polder_protocol::charter::{Capabilities, Certificate};
+use polder_protocol::identity::Signed;
+use polder_protocol::time::UnixSeconds;
 use serde_json::json;
 use support::{Node, federation, invite, wait_for};
 
@@ -130,20 +133,38 @@ fn an_expired_certificate_and_a_revoked_node_are_refused_by_name() {
     let error = nodes[1].try_verb(&["join"]).unwrap_err();
     assert!(error.contains("revoked"), "{error}");
 
-    // A certificate of one second, for a node that was away when it should have been renewed.
+    // A certificate whose end is longer ago than clocks may differ, of a node that was away when it should have renewed.
     let gateway = Home::open(&nodes[0].home).unwrap();
     let late = Node::prepare(folder.path(), "late", "");
     let home = Home::open(&late.home).unwrap();
-    let node = home.node_key().unwrap().node();
     let institution = gateway.institutions().unwrap().remove(0);
     let charters = gateway.charters().unwrap().unwrap();
-    let certificate = certify(&institution.key, &charters, node, Capabilities::ORDINARY, 1).unwrap();
-    let file = folder.path().join("late.certificate");
-    fs::write(&file, packet(&certificate, &charters, &[]).to_vec()).unwrap();
-    late.verb(&["institution", "accept", file.to_str().unwrap()]);
-    std::thread::sleep(Duration::from_millis(2_100));
+    let now = unix_now().0;
+    let claim = Certificate {
+        version: 1,
+        federation: charters.federation(),
+        node: home.node_key().unwrap().node(),
+        institution: institution.key.institution(),
+        capabilities: Capabilities::ORDINARY,
+        not_before: UnixSeconds(now - 9_000),
+        not_after: UnixSeconds(now - 1_000),
+        serial: 1,
+    };
+    let certificate = Signed::new(&institution.key, &claim);
+    let error = accept(&late, &packet(&certificate, &charters, &[]), folder.path());
+    assert!(error.contains("expired"), "{error}");
+    home.save_charters(&charters).unwrap();
+    home.save_certificate(&certificate).unwrap();
     let error = late.try_verb(&["join"]).unwrap_err();
     assert!(error.contains("expired") && error.contains("hint:"), "{error}");
+}
+
+/// What `polder institution accept` says to a packet that it must refuse.
+fn accept(node: &Node, packet: &[u8], folder: &Path) -> String {
+    let file = folder.join("packet");
+    fs::write(&file, packet).unwrap();
+    node.try_verb(&["institution", "accept", file.to_str().unwrap()])
+        .unwrap_err()
 }
 
 #[test]
