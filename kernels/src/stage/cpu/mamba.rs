@@ -202,12 +202,7 @@ impl MambaWeights {
                 );
                 let x = &row[head * head_dim..(head + 1) * head_dim];
                 for ((out, x), state) in out.iter_mut().zip(x).zip(state.chunks_exact_mut(width)) {
-                    let mut sum = 0.0f32;
-                    let added = step * x;
-                    for ((state, b), c) in state.iter_mut().zip(b).zip(c) {
-                        *state = *state * decay + added * b;
-                        sum += *state * c;
-                    }
+                    let sum = step_state(state, decay, step * x, b, c);
                     *out = sum + self.d[head] * x;
                 }
             }
@@ -240,4 +235,30 @@ impl MambaWeights {
         moment.past = inputs.split_off(n * channels);
         out
     }
+}
+
+/// `state ← state · decay + added · b`, and the new state's product with `c`, summed in 16 lanes that are folded in
+/// halves.
+fn step_state(state: &mut [f32], decay: f32, added: f32, b: &[f32], c: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    let (chunks, rest) = state.as_chunks_mut::<16>();
+    let ((b_chunks, b_rest), (c_chunks, c_rest)) = (b.as_chunks::<16>(), c.as_chunks::<16>());
+    for ((state, b), c) in chunks.iter_mut().zip(b_chunks).zip(c_chunks) {
+        for lane in 0..16 {
+            state[lane] = state[lane] * decay + added * b[lane];
+            lanes[lane] += state[lane] * c[lane];
+        }
+    }
+    for (((state, b), c), lane) in rest.iter_mut().zip(b_rest).zip(c_rest).zip(&mut lanes) {
+        *state = *state * decay + added * b;
+        *lane += *state * c;
+    }
+    let mut width = 8;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
 }
