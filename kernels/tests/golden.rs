@@ -53,6 +53,54 @@ fn every_case_of_another_folder_meets_pytorch() {
     }
 }
 
+#[test]
+fn another_model_than_the_recorded_one_is_outside_the_tolerances() {
+    let (folder, case) = copy("llama_rope_llama3");
+    let text = std::fs::read_to_string(case.join("config.json")).unwrap();
+    std::fs::write(
+        case.join("config.json"),
+        text.replace("\"rms_norm_eps\": 1e-05", "\"rms_norm_eps\": 1e-03"),
+    )
+    .unwrap();
+    let report = verify(&case, &Device::cpu()).unwrap();
+    let outside = |name: &str| {
+        report
+            .quantities
+            .iter()
+            .any(|quantity| quantity.name == name && !quantity.passed)
+    };
+    assert!(outside("config.v5.json") && outside("hidden.1") && outside("logits") && outside("gradient norms"));
+    assert!(!outside("hidden.0") && !outside("stages forward") && !report.passed());
+    drop(folder);
+}
+
+#[test]
+fn cases_that_are_cut_or_missing_are_named() {
+    let (folder, case) = copy("llama_rope_llama3");
+    let cases = case.join("cases.safetensors");
+    let bytes = std::fs::read(&cases).unwrap();
+    std::fs::write(&cases, &bytes[..bytes.len() / 2]).unwrap();
+    let error = verify(&case, &Device::cpu()).unwrap_err().to_string();
+    assert!(error.contains("cases.safetensors"), "{error}");
+    std::fs::remove_file(case.join("expected.json")).unwrap();
+    let error = verify(&case, &Device::cpu()).unwrap_err().to_string();
+    assert!(error.contains("expected.json"), "{error}");
+    drop(folder);
+}
+
+/// A case that may be changed.
+fn copy(name: &str) -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let case = folder.path().join(name);
+    std::fs::create_dir(&case).unwrap();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    for entry in std::fs::read_dir(golden).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::write(case.join(path.file_name().unwrap()), std::fs::read(&path).unwrap()).unwrap();
+    }
+    (folder, case)
+}
+
 fn meets_pytorch(case: &Path) {
     if !case.exists() {
         println!("skipped: {} is not here", case.display());
