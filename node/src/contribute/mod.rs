@@ -4,6 +4,7 @@
 //! which gives all memory of the device back at once.
 
 mod machine;
+mod settings;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,8 +14,8 @@ use polder_protocol::time::Instant;
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::daemon::Contribute;
 use machine::Machine;
+pub use settings::Contribute;
 
 /// How often the machine is looked at. A person who starts a program waits no longer for the device than this.
 const LOOK_EVERY: Duration = Duration::from_secs(2);

@@ -24,7 +24,7 @@ use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-pub use config::{Config, ConfigError, Contribute};
+pub use config::{Config, ConfigError};
 pub use local::LocalApi;
 pub use status::{DeviceStatus, FederationStatus, ModelStatus, PeerStatus, RefusalStatus, Status, TrafficStatus};
 
