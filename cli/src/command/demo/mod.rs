@@ -269,7 +269,7 @@ fn run_file(rounds: u64, replicas: usize, held_out: &Path) -> anyhow::Result<Str
         "name = \"{RUN}\"\nrounds = {rounds}\nseed = 1948\n\n\
          [model]\nhidden = 128\nblocks = {BLOCKS}\nheads = 4\ncontext = 256\n\n\
          [inner]\nsteps = 12\nbatch = 4\nseq = 128\nlearning_rate = 3e-3\nwarmup_steps = 20\n\n\
-         [outer]\ncodec = \"e3m0\"\n\n\
+         [outer]\ncodec = \"e3m0\"\nmomentum = 0.6\n\n\
          [closing]\nquorum = {replicas}\ngrace = \"1s\"\ndeadline = \"20s\"\n\n\
          [evaluation]\nfolder = {folder}\nevery_rounds = 4\n"
     ))
