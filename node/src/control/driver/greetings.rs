@@ -68,11 +68,7 @@ impl Driver {
                 Reply::Done(wire::encode(&greeting))
             }
             Err(reason) => {
-                // It may have been a member until now.
-                self.shared.forget(node, reason.clone());
-                if let Some(meeting) = self.meetings.present.get_mut(&node) {
-                    meeting.member = None;
-                }
+                self.forget_member(node, reason.clone());
                 self.turn_away(node, now);
                 Reply::Refused(Refusal::NotAdmitted { reason })
             }
@@ -183,23 +179,11 @@ impl Driver {
             }
         };
         if let Err(reason) = self.accept(node, connection, &greeting.hello, now) {
-            let farewell = Farewell {
-                reason: reason.clone(),
-                refused: true,
-            };
-            self.send(
-                node,
-                Request {
-                    service: Service::Goodbye,
-                    body: wire::encode(&farewell),
-                },
-                Asked::Farewell,
-            );
             self.fail_waiting(node, || ControlError::Refused {
                 node,
                 reason: reason.clone(),
             });
-            return self.turn_away(node, now);
+            return self.show_out(node, reason, now);
         }
         for hint in greeting.peers {
             if hint.node != self.shared.node {
@@ -222,12 +206,35 @@ impl Driver {
                 reason: farewell.reason.clone(),
             });
         }
-        self.shared.forget(node, farewell.reason);
+        self.forget_member(node, farewell.reason);
+        self.turn_away(node, now);
+        self.meetings.forget(node);
+    }
+
+    /// Tells a peer that it is refused and why, and turns it away. It may have been a member until now.
+    fn show_out(&mut self, node: NodeId, reason: String, now: Instant) {
+        let farewell = Farewell {
+            reason: reason.clone(),
+            refused: true,
+        };
+        self.send(
+            node,
+            Request {
+                service: Service::Goodbye,
+                body: wire::encode(&farewell),
+            },
+            Asked::Farewell,
+        );
+        self.forget_member(node, reason);
+        self.turn_away(node, now);
+    }
+
+    /// A member is one no longer, wherever it is listed.
+    fn forget_member(&mut self, node: NodeId, reason: String) {
+        self.shared.forget(node, reason);
         if let Some(meeting) = self.meetings.present.get_mut(&node) {
             meeting.member = None;
         }
-        self.turn_away(node, now);
-        self.meetings.forget(node);
     }
 
     /// Lets a peer read why, then closes.
@@ -301,23 +308,7 @@ impl Driver {
             due.filter_map(|(node, member)| Some((node, self.gate.admit(node, &member.credentials).err()?.reason)));
         let refused: Vec<(NodeId, String)> = refused.collect();
         for (node, reason) in refused {
-            let farewell = Farewell {
-                reason: reason.clone(),
-                refused: true,
-            };
-            self.send(
-                node,
-                Request {
-                    service: Service::Goodbye,
-                    body: wire::encode(&farewell),
-                },
-                Asked::Farewell,
-            );
-            self.shared.forget(node, reason);
-            if let Some(meeting) = self.meetings.present.get_mut(&node) {
-                meeting.member = None;
-            }
-            self.turn_away(node, now);
+            self.show_out(node, reason, now);
         }
     }
 }
