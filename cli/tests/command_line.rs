@@ -21,3 +21,15 @@ fn a_completion_script_names_the_binary() {
     assert!(output.status.success());
     assert!(String::from_utf8_lossy(&output.stdout).contains("polder"));
 }
+
+#[test]
+fn a_folder_without_a_model_is_named_and_not_taken_for_a_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = polder(&["model", "verify", folder.path().to_str().unwrap()]);
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        error.contains("cannot verify") && error.contains("config.json"),
+        "{error}"
+    );
+}

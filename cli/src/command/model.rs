@@ -63,9 +63,7 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
         Verb::Import { path, name } => import(context, &path, name),
         Verb::List => list(context),
         Verb::Show { model } => show(context, &model),
-        Verb::Verify { model, device } if Path::new(&model).join("config.json").is_file() => {
-            compare(context, Path::new(&model), device)
-        }
+        Verb::Verify { model, device } if is_folder(&model) => compare(context, Path::new(&model), device),
         Verb::Verify { model, .. } => verify(context, &model),
     }
 }
@@ -263,6 +261,11 @@ fn compare(context: &Context, folder: &Path, device: Choice) -> anyhow::Result<(
         0 => Ok(()),
         _ => bail!("`{case}`: {outside} of {of} quantities are outside their tolerance"),
     }
+}
+
+/// Whether a text means a folder rather than a model's name, which may be that of some folder here.
+fn is_folder(text: &str) -> bool {
+    text.contains(std::path::MAIN_SEPARATOR) || Path::new(text).join("config.json").is_file()
 }
 
 fn find(context: &Context, wanted: &str) -> anyhow::Result<(EpochId, Epoch)> {
