@@ -1,15 +1,16 @@
 //! Virtual time: a heap of events, hosts that step the real machines, and a watch that looks at every effect.
 
 mod compute;
+mod event;
 mod host;
 mod network;
+mod tally;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
-use std::fmt;
 
 use polder_protocol::hash::{Digest, RunId, digest};
-use polder_protocol::log::{Body, Phase, ReplicaId, Round};
+use polder_protocol::log::{Body, Phase, Round};
 use polder_protocol::node::{Command, Effect, Input, Joining, Node, Persist, Report, RestoredRun};
 use polder_protocol::rng::Random;
 use polder_protocol::round::{JobId, RunMessage};
@@ -19,8 +20,10 @@ use crate::invariants::{End, Seen, Standing, Violation, Watch};
 use crate::worlds::{Fault, Flaw, World, node_id};
 
 use compute::{Meetings, failed};
+use event::{Event, Scheduled};
 use host::Host;
 use network::Network;
+pub(crate) use tally::Tally;
 
 /// A world that takes more events than this runs in circles.
 const EVENTS_MAX: u64 = 2_000_000;
@@ -28,129 +31,6 @@ const EVENTS_MAX: u64 = 2_000_000;
 const WAKES_AT_ONCE_MAX: u32 = 1_000;
 /// How often a host crashes between two effects, per effect, while things go wrong.
 const CRASH_BETWEEN_PPM: u64 = 300;
-
-/// Something that happens.
-#[derive(Debug)]
-pub(crate) enum Event {
-    Deliver {
-        to: usize,
-        from: usize,
-        message: RunMessage,
-    },
-    Wake {
-        host: usize,
-        life: u64,
-    },
-    Done {
-        host: usize,
-        life: u64,
-        job: JobId,
-    },
-    Failed {
-        host: usize,
-        life: u64,
-        job: JobId,
-        reason: &'static str,
-    },
-    Unmet {
-        host: usize,
-        life: u64,
-        job: JobId,
-        key: (ReplicaId, Round),
-    },
-    Found {
-        host: usize,
-        peer: usize,
-    },
-    Lost {
-        host: usize,
-        peer: usize,
-    },
-    Join {
-        host: usize,
-    },
-    Fault(Fault),
-    Quiet,
-}
-
-#[derive(Debug)]
-struct Scheduled {
-    at: Instant,
-    /// Breaks ties, so that order follows from the seed alone.
-    sequence: u64,
-    event: Event,
-}
-
-impl PartialEq for Scheduled {
-    fn eq(&self, other: &Self) -> bool {
-        (self.at, self.sequence) == (other.at, other.sequence)
-    }
-}
-impl Eq for Scheduled {}
-impl PartialOrd for Scheduled {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-impl Ord for Scheduled {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        (self.at, self.sequence).cmp(&(other.at, other.sequence))
-    }
-}
-
-/// What happened, counted.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Tally {
-    pub(crate) events: u64,
-    pub(crate) messages: u64,
-    pub(crate) dropped: u64,
-    pub(crate) duplicated: u64,
-    pub(crate) crashes: u64,
-    pub(crate) other_faults: u64,
-    pub(crate) corruptions: u64,
-    pub(crate) rounds: u64,
-    pub(crate) late: u64,
-    /// Contributions that several stages made together.
-    pub(crate) of_chains: u64,
-    pub(crate) virtual_seconds: u64,
-}
-
-impl Tally {
-    pub(crate) fn add(&mut self, other: &Self) {
-        self.events += other.events;
-        self.messages += other.messages;
-        self.dropped += other.dropped;
-        self.duplicated += other.duplicated;
-        self.crashes += other.crashes;
-        self.other_faults += other.other_faults;
-        self.corruptions += other.corruptions;
-        self.rounds += other.rounds;
-        self.late += other.late;
-        self.of_chains += other.of_chains;
-        self.virtual_seconds += other.virtual_seconds;
-    }
-}
-
-impl fmt::Display for Tally {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} events in {} virtual seconds, {} rounds closed, with {} late contributions and {} of chains\n\
-             faults: {} of {} messages dropped, {} doubled, {} crashes, {} wrong outer steps, {} others",
-            self.events,
-            self.virtual_seconds,
-            self.rounds,
-            self.late,
-            self.of_chains,
-            self.dropped,
-            self.messages,
-            self.duplicated,
-            self.crashes,
-            self.corruptions,
-            self.other_faults
-        )
-    }
-}
 
 /// How a simulation ended.
 #[derive(Debug)]
