@@ -4,6 +4,7 @@
 //! and compute on the CPU alone; with `POLDER_GPU_REQUIRED` set they fail.
 
 mod golden_case;
+mod settings;
 
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,8 +15,8 @@ use polder_kernels::stage::{Input, Output, ServeStage, StageError, Want};
 use polder_kernels::train::{TrainError, TrainInput, TrainOutput, TrainStage};
 use polder_kernels::weights::import;
 use polder_protocol::layout::BlockRange;
-use polder_protocol::run::Inner;
 use polder_protocol::work::Weights;
+use settings::inner;
 
 const CASES: [&str; 2] = ["llama_tied_sharded", "llama_rope_llama3"];
 
@@ -335,21 +336,4 @@ fn loss(output: TrainOutput) -> (f32, Vec<f32>) {
 fn argmax(logits: &[f32]) -> u32 {
     let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap();
     best.0 as u32
-}
-
-fn inner() -> Inner {
-    Inner {
-        steps: 10,
-        batch: 2,
-        micro_batches: 1,
-        seq: 16,
-        learning_rate: 0.01,
-        warmup_steps: 4,
-        beta_1: 0.9,
-        beta_2: 0.95,
-        epsilon: 1e-8,
-        weight_decay: 0.1,
-        clip_norm: 1.0,
-        decay_ppm: 200_000,
-    }
 }

@@ -1,5 +1,7 @@
 //! What every family must do besides computing the right numbers: one position at a time, packed, imported, exported.
 
+mod settings;
+
 use std::path::{Path, PathBuf};
 
 use polder_kernels::device::Device;
@@ -11,6 +13,7 @@ use polder_protocol::layout::BlockRange;
 use polder_protocol::run::Inner;
 use polder_protocol::work::Weights;
 use serde_json::{Value, json};
+use settings::inner;
 
 const CASES: [&str; 18] = [
     "llama_rope_llama3",
@@ -126,20 +129,7 @@ fn every_family_learns_a_repeating_text_from_its_first_parameters() {
         let config = std::fs::read_to_string(golden.join("config.json")).unwrap();
         let (layout, parameters) = initial_parameters(&config, 5).unwrap();
         assert!(parameters.iter().flatten().all(|value| value.is_finite()), "{name}");
-        let inner = Inner {
-            steps: 30,
-            batch: 2,
-            micro_batches: 1,
-            seq: 16,
-            learning_rate: 0.01,
-            warmup_steps: 4,
-            beta_1: 0.9,
-            beta_2: 0.95,
-            epsilon: 1e-8,
-            weight_decay: 0.1,
-            clip_norm: 1.0,
-            decay_ppm: 200_000,
-        };
+        let inner = Inner { steps: 30, ..inner() };
         let range = BlockRange::whole(layout.blocks());
         let mut stage = TrainStage::new(&config, range, parameters, inner, 30, &Device::cpu()).unwrap();
         let text: Vec<u32> = (0..400).map(|i| i % 7 + 3).collect();

@@ -1,6 +1,7 @@
 //! Training stages against PyTorch's numbers, and against each other.
 
 mod golden_case;
+mod settings;
 
 use golden_case::{Golden, largest, largest_difference};
 use polder_kernels::device::Device;
@@ -8,6 +9,7 @@ use polder_kernels::model::layout;
 use polder_kernels::train::{TrainData, TrainError, TrainInput, TrainOutput, TrainStage, initial_parameters};
 use polder_protocol::layout::BlockRange;
 use polder_protocol::run::Inner;
+use settings::inner;
 
 #[test]
 fn loss_and_gradients_are_those_of_pytorch() {
@@ -220,21 +222,4 @@ fn by_name(golden: &Golden, parts: &[Vec<f32>]) -> std::collections::BTreeMap<St
         }
     }
     named
-}
-
-fn inner() -> Inner {
-    Inner {
-        steps: 10,
-        batch: 2,
-        micro_batches: 1,
-        seq: 16,
-        learning_rate: 0.01,
-        warmup_steps: 4,
-        beta_1: 0.9,
-        beta_2: 0.95,
-        epsilon: 1e-8,
-        weight_decay: 0.1,
-        clip_norm: 1.0,
-        decay_ppm: 200_000,
-    }
 }

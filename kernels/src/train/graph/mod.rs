@@ -146,5 +146,5 @@ fn softplus<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 
 /// The values on the host.
 fn host<const D: usize>(x: &Tensor<D>) -> Result<Vec<f32>, TrainError> {
-    super::numbers(x.clone().detach())
+    super::checks::numbers(x.clone().detach())
 }

@@ -1,0 +1,583 @@
+//! A stage in training: its parameters, its optimiser, and the micro-batches that are under way.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::{Tensor, TensorData};
+use polder_protocol::layout::{BlockRange, Layout};
+use polder_protocol::run::Inner;
+
+use super::balance::{BALANCE_RATE, balance};
+use super::checks::{check_sizes, checked_layout, finite, numbers, read_parts};
+use super::graph::{Leaf, Leaves, Loads, Positions};
+use super::optimiser::{Moments, Step, learning_rate, square_sum};
+use super::{TrainData, TrainError, files, graph, limits};
+use crate::device::Device;
+use crate::model::Config;
+
+/// Micro-batches of one step whose graphs a stage keeps at most.
+pub const MICRO_BATCHES_KEPT_MAX: usize = 64;
+/// Tokens of one micro-batch at most: 2²⁰ is beyond any device's memory for activations.
+const MICRO_BATCH_TOKENS_MAX: usize = 1 << 20;
+/// Windows that are scored together.
+const SCORE_WINDOWS: usize = 8;
+
+/// What goes into a training stage.
+#[derive(Debug, Clone, Copy)]
+pub struct TrainInput<'a> {
+    /// `[batch, seq + 1]` token ids, row-major, for a stage with the embedding or the head; empty otherwise.
+    pub tokens: &'a [u32],
+    /// `[batch, seq, hidden]`, for a stage without the embedding; empty otherwise.
+    pub hidden: &'a [f32],
+    /// Sequences.
+    pub batch: u32,
+    /// Tokens of one sequence.
+    pub seq: u32,
+}
+
+/// What comes out of a training stage's forward.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TrainOutput {
+    /// `[batch, seq, hidden]`; the backward waits for its gradient.
+    Hidden(Vec<f32>),
+    /// The head's: its backward is done.
+    Loss {
+        /// Mean loss in nats per token.
+        loss: f32,
+        /// Gradient of the input, `[batch, seq, hidden]`; empty at a stage with the embedding.
+        input_gradient: Vec<f32>,
+    },
+}
+
+/// What inner steps came to.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Stepped {
+    /// Mean loss of each step, in nats per token.
+    pub losses: Vec<f32>,
+    /// Tokens trained on.
+    pub tokens: u64,
+}
+
+/// Consecutive blocks of a model with the state of their inner optimiser.
+///
+/// Gradients are sums over micro-batches until [`TrainStage::square_sum`] divides them.
+#[derive(Debug)]
+pub struct TrainStage {
+    config: Config,
+    layout: Layout,
+    range: BlockRange,
+    inner: Inner,
+    steps_total: u64,
+    device: burn::tensor::Device,
+    /// One tensor at most.
+    buffer_bytes_max: u64,
+    /// Per part of `range`, as all vectors below.
+    parameters: Vec<Vec<f32>>,
+    moments: Vec<Moments>,
+    /// Steps that the moments have seen.
+    steps_seen: u64,
+    gradients: Option<Vec<Vec<f32>>>,
+    leaves: Option<Leaves>, // `None` once parameters have changed.
+    positions: Option<Positions>,
+    /// How often each expert was chosen since the last step, where a correction balances them.
+    loads: Loads,
+    kept: BTreeMap<u32, Kept>, // At most `MICRO_BATCHES_KEPT_MAX`.
+}
+
+/// A micro-batch between its forward and its backward.
+#[derive(Debug)]
+struct Kept {
+    input: Option<Tensor<2>>,
+    output: Tensor<2>,
+    leaves: Leaves,
+}
+
+impl TrainStage {
+    /// Loads `range` from one file of little-endian f32 parameters per part; what follows the parameters is ignored.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError`] names the configuration key or file at fault.
+    pub fn load<P: AsRef<Path>>(
+        config_json: &str,
+        range: BlockRange,
+        part_files: &[P],
+        inner: Inner,
+        steps_total: u64,
+        device: &Device,
+    ) -> Result<Self, TrainError> {
+        let layout = checked_layout(&Config::from_json(config_json)?, range)?;
+        let parameters = read_parts(&layout, range, part_files)?;
+        Self::new(config_json, range, parameters, inner, steps_total, device)
+    }
+
+    /// As [`TrainStage::load`], from parameters per part.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError`] where configuration, range and parameters do not agree.
+    pub fn new(
+        config_json: &str,
+        range: BlockRange,
+        parameters: Vec<Vec<f32>>,
+        inner: Inner,
+        steps_total: u64,
+        device: &Device,
+    ) -> Result<Self, TrainError> {
+        let config = Config::from_json(config_json)?;
+        let layout = checked_layout(&config, range)?;
+        check_sizes(&layout, range, &parameters)?;
+        limits::check_parameters(&layout, range, device.buffer_bytes_max())?;
+        Ok(Self {
+            moments: parameters.iter().map(|part| Moments::new(part.len())).collect(),
+            device: device.tensors().clone(),
+            buffer_bytes_max: device.buffer_bytes_max(),
+            config,
+            layout,
+            range,
+            inner,
+            steps_total,
+            parameters,
+            steps_seen: 0,
+            gradients: None,
+            leaves: None,
+            positions: None,
+            loads: Loads::new(),
+            kept: BTreeMap::new(),
+        })
+    }
+
+    /// Width of the activations.
+    pub fn hidden(&self) -> usize {
+        self.config.hidden
+    }
+
+    /// Bytes of parameters and optimiser state.
+    pub fn bytes(&self) -> u64 {
+        self.parameters.iter().map(|part| part.len() as u64 * 12).sum()
+    }
+
+    /// The present parameters per part.
+    pub fn parameters(&self) -> &[Vec<f32>] {
+        &self.parameters
+    }
+
+    /// Replaces the parameters from files; optimiser state stays. Micro-batches under way are dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError`]; nothing has changed then.
+    pub fn set<P: AsRef<Path>>(&mut self, part_files: &[P]) -> Result<(), TrainError> {
+        let parameters = read_parts(&self.layout, self.range, part_files)?;
+        self.set_parameters(parameters)
+    }
+
+    /// As [`TrainStage::set`], from parameters per part.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError`] where the sizes differ; nothing has changed then.
+    pub fn set_parameters(&mut self, parameters: Vec<Vec<f32>>) -> Result<(), TrainError> {
+        check_sizes(&self.layout, self.range, &parameters)?;
+        self.parameters = parameters;
+        self.forget();
+        Ok(())
+    }
+
+    /// Writes the present parameters, one file per part.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError::File`] or [`TrainError::PartCount`].
+    pub fn write<P: AsRef<Path>>(&self, part_files: &[P]) -> Result<(), TrainError> {
+        if part_files.len() != self.parameters.len() {
+            return Err(TrainError::PartCount {
+                expected: self.parameters.len(),
+                found: part_files.len(),
+            });
+        }
+        for (file, values) in part_files.iter().zip(&self.parameters) {
+            files::write(file.as_ref(), values)?;
+        }
+        Ok(())
+    }
+
+    /// Takes `steps` whole inner steps on a stage that holds the whole model. The windows of micro-batch `m` of step `s`
+    /// (counted over the run) follow from `labels` with `s` and `m` behind them.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError`]; steps before the one that failed have been taken.
+    pub fn steps(
+        &mut self,
+        data: &TrainData,
+        step_first: u64,
+        steps: u32,
+        labels: &[u64],
+    ) -> Result<Stepped, TrainError> {
+        self.must_be_whole()?;
+        self.forget();
+        let Inner {
+            batch,
+            seq,
+            micro_batches,
+            ..
+        } = self.inner;
+        let mut stepped = Stepped::default();
+        for step in (step_first..).take(steps as usize) {
+            let mut loss_sum = 0.0;
+            for micro_batch in 0..micro_batches {
+                let labels: Vec<u64> = labels.iter().copied().chain([step, u64::from(micro_batch)]).collect();
+                let tokens = data
+                    .batch(&labels, batch, seq)
+                    .ok_or(TrainError::TooLittleData { seq })?;
+                let input = TrainInput {
+                    tokens: &tokens,
+                    hidden: &[],
+                    batch,
+                    seq,
+                };
+                if let TrainOutput::Loss { loss, .. } = self.forward(micro_batch, input)? {
+                    loss_sum += f64::from(loss);
+                }
+            }
+            let sum = self.square_sum(micro_batches)?;
+            self.apply(step, sum)?;
+            stepped.losses.push((loss_sum / f64::from(micro_batches.max(1))) as f32);
+            stepped.tokens += u64::from(batch) * u64::from(seq) * u64::from(micro_batches);
+        }
+        Ok(stepped)
+    }
+
+    /// Runs a micro-batch forward. A stage with the head also runs its backward and adds up gradients; any other keeps
+    /// what [`TrainStage::backward`] needs.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError`] where the input does not fit; nothing has changed then.
+    pub fn forward(&mut self, micro_batch: u32, input: TrainInput<'_>) -> Result<TrainOutput, TrainError> {
+        let checked = self.check(input)?;
+        let has_head = self.range.has_head(self.config.blocks);
+        if !has_head && self.kept.len() >= MICRO_BATCHES_KEPT_MAX && !self.kept.contains_key(&micro_batch) {
+            return Err(TrainError::Full);
+        }
+        let tracked = self.device.clone().autodiff();
+        let leaves = match self.leaves.take() {
+            Some(leaves) => leaves,
+            None => Leaves::new(&self.layout, self.range, &self.parameters, &tracked),
+        };
+        self.leaves = Some(leaves.clone());
+        let (x, leaf) = match &checked.inputs {
+            Some(tokens) => (embedded(&self.config, &leaves, tokens, &tracked)?, None),
+            None => {
+                let data = TensorData::new(input.hidden.to_vec(), [checked.rows, self.config.hidden]);
+                let leaf = Tensor::<2>::from_data(data, &tracked).require_grad();
+                (leaf.clone(), Some(leaf))
+            }
+        };
+        let positions = self.positions(input.seq as usize, &tracked);
+        let output = graph::blocks(&self.config, self.range, &leaves, &positions, x, &mut self.loads)?;
+        if !has_head {
+            let values = numbers(output.clone().inner())?;
+            let kept = Kept {
+                input: leaf,
+                output,
+                leaves,
+            };
+            self.kept.insert(micro_batch, kept);
+            return Ok(TrainOutput::Hidden(values));
+        }
+        let logits = graph::logits(&self.config, &leaves, output).ok_or(TrainError::Kind { takes: "a head" })?;
+        let loss = graph::losses(logits, &checked.targets, &tracked).mean();
+        let value = numbers(loss.clone().inner())?.first().copied().unwrap_or(f32::NAN);
+        let input_gradient = self.collect(&leaves, leaf, loss.backward())?;
+        Ok(TrainOutput::Loss {
+            loss: value,
+            input_gradient,
+        })
+    }
+
+    /// Runs the backward of a kept micro-batch from the gradient of its output, and returns that of its input, which is
+    /// empty at a stage with the embedding.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError`]; the micro-batch is still kept where the gradient does not fit.
+    pub fn backward(&mut self, micro_batch: u32, gradient: &[f32]) -> Result<Vec<f32>, TrainError> {
+        let kept = self
+            .kept
+            .get(&micro_batch)
+            .ok_or(TrainError::NoMicroBatch { micro_batch })?;
+        let shape = kept.output.dims();
+        if gradient.len() != shape.iter().product::<usize>() {
+            return Err(TrainError::Shape {
+                batch: 0,
+                seq: 0,
+                found: gradient.len(),
+            });
+        }
+        finite(gradient, "the gradient")?;
+        let Some(kept) = self.kept.remove(&micro_batch) else {
+            return Err(TrainError::NoMicroBatch { micro_batch });
+        };
+        let constant = Tensor::<2>::from_data(TensorData::new(gradient.to_vec(), shape), &self.device).autodiff();
+        // The gradient of this sum is the product of the output's derivative and the given gradient.
+        let gradients = (kept.output * constant).sum().backward();
+        self.collect(&kept.leaves, kept.input, gradients)
+    }
+
+    /// Divides the gradients by the number of micro-batches and returns the sum of their squares.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError::NoGradients`] where none were made.
+    pub fn square_sum(&mut self, micro_batches: u32) -> Result<f64, TrainError> {
+        let gradients = self.gradients.as_mut().ok_or(TrainError::NoGradients)?;
+        if micro_batches > 1 {
+            let share = 1.0 / micro_batches as f32;
+            gradients.iter_mut().flatten().for_each(|gradient| *gradient *= share);
+        }
+        Ok(gradients.iter().map(|part| square_sum(part)).sum())
+    }
+
+    /// The gradients per part: a sum over micro-batches, or their mean after [`TrainStage::square_sum`].
+    pub fn gradients(&self) -> Option<&[Vec<f32>]> {
+        self.gradients.as_deref()
+    }
+
+    /// Takes an AdamW step with the gradients, clipped by the norm over all stages of the replica.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError`]; the gradients are gone, the parameters as before.
+    pub fn apply(&mut self, step: u64, square_sum: f64) -> Result<(), TrainError> {
+        let gradients = self.gradients.take().ok_or(TrainError::NoGradients)?;
+        if !square_sum.is_finite() || square_sum < 0.0 {
+            return Err(TrainError::NotFinite { what: "the gradient" });
+        }
+        let (norm, clip) = (square_sum.sqrt(), f64::from(self.inner.clip_norm));
+        self.steps_seen += 1;
+        let step = Step {
+            learning_rate: learning_rate(&self.inner, self.steps_total, step),
+            beta_1: self.inner.beta_1,
+            beta_2: self.inner.beta_2,
+            epsilon: self.inner.epsilon,
+            weight_decay: self.inner.weight_decay,
+            gradient_scale: if clip > 0.0 && norm > clip {
+                (clip / norm) as f32
+            } else {
+                1.0
+            },
+            count: self.steps_seen,
+        };
+        let parts = self.range.parts(self.config.blocks);
+        let layouts = &self.layout.parts[parts.start as usize..parts.end as usize];
+        for (((layout, parameters), gradient), moments) in layouts
+            .iter()
+            .zip(&mut self.parameters)
+            .zip(&gradients)
+            .zip(&mut self.moments)
+        {
+            let mut start = 0;
+            for tensor in &layout.tensors {
+                let end = start + tensor.elements().unwrap_or(0);
+                // Matrices decay; gains, biases and the taps of convolutions do not.
+                let decayed = tensor.shape.len() >= 2 && !tensor.name.ends_with(".conv1d.weight");
+                step.apply(parameters, gradient, moments, start..end, decayed);
+                start = end;
+            }
+        }
+        self.balance_experts();
+        self.leaves = None;
+        self.kept.clear();
+        Ok(())
+    }
+
+    /// Moves the corrections of routers against the loads that they met.
+    fn balance_experts(&mut self) {
+        let first = self.range.parts(self.config.blocks).start as usize;
+        for ((part, slot), load) in std::mem::take(&mut self.loads) {
+            let Some(layout) = self.layout.parts.get(first + part) else {
+                continue;
+            };
+            let before = layout
+                .tensors
+                .iter()
+                .take(slot)
+                .map(|tensor| tensor.elements().unwrap_or(0))
+                .sum();
+            let own = self
+                .parameters
+                .get_mut(part)
+                .and_then(|values| values.get_mut(before..));
+            balance(own.unwrap_or_default(), &load, BALANCE_RATE);
+        }
+    }
+
+    /// Bits per byte of a text with a stage that holds the whole model.
+    ///
+    /// All of `tokens` is scored, in windows of `seq` that do not overlap: the first token after `start`, each other
+    /// after the tokens before it in its window and the last one of the window before. `bytes` is the length of the text
+    /// in UTF-8.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError`] where tokens or sizes do not fit.
+    pub fn score(&mut self, tokens: &[u32], bytes: u64, start: u32, seq: u32) -> Result<f32, TrainError> {
+        self.must_be_whole()?;
+        let shape = TrainError::Shape {
+            batch: 1,
+            seq,
+            found: tokens.len(),
+        };
+        if tokens.is_empty() || bytes == 0 || seq == 0 || seq as usize > MICRO_BATCH_TOKENS_MAX {
+            return Err(shape);
+        }
+        self.check_tokens(tokens)?;
+        self.check_tokens(&[start])?;
+        let stream: Vec<u32> = core::iter::once(start).chain(tokens.iter().copied()).collect();
+        let seq = seq as usize;
+        limits::check_micro_batch(&self.config, self.range, SCORE_WINDOWS, seq, self.buffer_bytes_max)?;
+        let leaves = Leaves::new(&self.layout, self.range, &self.parameters, &self.device);
+        let whole = tokens.len() / seq * seq;
+        let batches = (0..whole)
+            .step_by(seq * SCORE_WINDOWS)
+            .map(|at| (at, (whole - at).min(seq * SCORE_WINDOWS), seq))
+            .chain((whole < tokens.len()).then_some((whole, tokens.len() - whole, tokens.len() - whole)));
+        let mut nats = 0.0;
+        for (at, rows, seq) in batches {
+            let device = self.device.clone();
+            let x = embedded(&self.config, &leaves, &stream[at..at + rows], &device)?;
+            let positions = Positions::new(&self.config, seq, &device);
+            let x = graph::blocks(&self.config, self.range, &leaves, &positions, x, &mut Loads::new())?;
+            let logits = graph::logits(&self.config, &leaves, x).ok_or(TrainError::Kind { takes: "a head" })?;
+            let losses = numbers(graph::losses(logits, &stream[at + 1..at + rows + 1], &device))?;
+            nats += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
+        }
+        Ok((nats / core::f64::consts::LN_2 / bytes as f64) as f32)
+    }
+
+    fn forget(&mut self) {
+        self.leaves = None;
+        self.gradients = None;
+        self.loads.clear();
+        self.kept.clear();
+    }
+
+    fn must_be_whole(&self) -> Result<(), TrainError> {
+        match self.range == BlockRange::whole(self.config.blocks) {
+            true => Ok(()),
+            false => Err(TrainError::Kind {
+                takes: "a part of the model; this needs the whole",
+            }),
+        }
+    }
+
+    fn positions(&mut self, seq: usize, device: &burn::tensor::Device) -> Positions {
+        match self.positions.take().filter(|positions| positions.seq() == seq) {
+            Some(positions) => self.positions.insert(positions).clone(),
+            None => self.positions.insert(Positions::new(&self.config, seq, device)).clone(),
+        }
+    }
+
+    /// Adds a backward's gradients to the sums, and returns the input's.
+    fn collect(
+        &mut self,
+        leaves: &Leaves,
+        input: Option<Tensor<2>>,
+        mut gradients: burn::tensor::Gradients,
+    ) -> Result<Vec<f32>, TrainError> {
+        let sums = self
+            .gradients
+            .get_or_insert_with(|| self.parameters.iter().map(|part| vec![0.0; part.len()]).collect());
+        for (sums, part) in sums.iter_mut().zip(leaves.parts()) {
+            let mut rest = &mut sums[..];
+            for leaf in part {
+                let (elements, gradient) = match leaf {
+                    Leaf::Vector(leaf) => (leaf.dims()[0], leaf.grad_remove(&mut gradients).map(numbers)),
+                    Leaf::Matrix(leaf) => {
+                        let [rows, cols] = leaf.dims();
+                        (rows * cols, leaf.grad_remove(&mut gradients).map(numbers))
+                    }
+                };
+                let (own, others) = rest.split_at_mut(elements);
+                for (sum, gradient) in own.iter_mut().zip(gradient.transpose()?.unwrap_or_default()) {
+                    *sum += gradient;
+                }
+                rest = others;
+            }
+        }
+        match input.and_then(|input| input.grad_remove(&mut gradients)) {
+            Some(gradient) => numbers(gradient),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    fn check(&self, input: TrainInput<'_>) -> Result<Checked, TrainError> {
+        let TrainInput {
+            tokens,
+            hidden,
+            batch,
+            seq,
+        } = input;
+        let (batch_rows, seq_rows) = (batch as usize, seq as usize);
+        let shape = |found| TrainError::Shape { batch, seq, found };
+        let rows = batch_rows.checked_mul(seq_rows).unwrap_or(0);
+        if rows == 0 || rows > MICRO_BATCH_TOKENS_MAX {
+            return Err(shape(0));
+        }
+        limits::check_micro_batch(&self.config, self.range, batch_rows, seq_rows, self.buffer_bytes_max)?;
+        let (first, last) = (self.range.has_embedding(), self.range.has_head(self.config.blocks));
+        let (mut inputs, mut targets) = (Vec::new(), Vec::new());
+        if first || last {
+            if tokens.len() != rows + batch_rows {
+                return Err(shape(tokens.len()));
+            }
+            self.check_tokens(tokens)?;
+            for row in tokens.chunks_exact(seq_rows + 1) {
+                inputs.extend_from_slice(&row[..seq_rows]);
+                targets.extend_from_slice(&row[1..]);
+            }
+        }
+        if !first {
+            if Some(hidden.len()) != rows.checked_mul(self.config.hidden) {
+                return Err(shape(hidden.len()));
+            }
+            finite(hidden, "the input")?;
+        }
+        Ok(Checked {
+            inputs: first.then_some(inputs),
+            targets,
+            rows,
+        })
+    }
+
+    fn check_tokens(&self, tokens: &[u32]) -> Result<(), TrainError> {
+        let vocabulary = self.config.vocabulary;
+        match tokens.iter().find(|token| **token as usize >= vocabulary) {
+            Some(token) => Err(TrainError::Token {
+                token: *token,
+                vocabulary,
+            }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A valid input.
+struct Checked {
+    /// `[rows]`, at a stage with the embedding.
+    inputs: Option<Vec<u32>>,
+    /// `[rows]`, at a stage with the head.
+    targets: Vec<u32>,
+    rows: usize,
+}
+
+fn embedded(
+    config: &Config,
+    leaves: &Leaves,
+    tokens: &[u32],
+    device: &burn::tensor::Device,
+) -> Result<Tensor<2>, TrainError> {
+    graph::embed(config, leaves, tokens, device).ok_or(TrainError::Kind { takes: "activations" })
+}
