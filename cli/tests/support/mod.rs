@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::net::{TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -13,6 +14,8 @@ use serde_json::Value;
 const START_TIME_MAX: Duration = Duration::from_secs(60);
 /// What a node gets to leave in order.
 const LEAVE_TIME_MAX: Duration = Duration::from_secs(20);
+/// What a verb gets to end in. One that serves when it ought to refuse would hold the test for ever.
+const VERB_TIME_MAX: Duration = Duration::from_secs(180);
 /// How often a condition is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
@@ -42,10 +45,22 @@ impl Node {
         }
     }
 
-    /// Runs a verb to its end.
+    /// Runs a verb to its end, which must come within [`VERB_TIME_MAX`].
     pub(crate) fn output(&self, arguments: &[&str]) -> Output {
         let mut command = program(&self.home);
-        command.args(arguments).stdin(Stdio::null()).output().unwrap()
+        command.args(arguments).stdin(Stdio::null());
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let process = child.id();
+        let (ended, end) = mpsc::channel();
+        std::thread::spawn(move || ended.send(child.wait_with_output()));
+        match end.recv_timeout(VERB_TIME_MAX) {
+            Ok(output) => output.unwrap(),
+            Err(_) => {
+                signal("-KILL", process);
+                let words = end.recv().map(|output| format!("{output:?}"));
+                panic!("polder {arguments:?} on {} does not end: {words:?}", self.name)
+            }
+        }
     }
 
     /// Runs a verb and reads its JSON answer, or gives what it wrote to stderr.
