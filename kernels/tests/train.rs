@@ -5,8 +5,8 @@ mod settings;
 
 use golden_case::{Golden, largest, largest_difference};
 use polder_kernels::device::Device;
-use polder_kernels::model::layout;
-use polder_kernels::train::{TrainData, TrainError, TrainInput, TrainOutput, TrainStage, initial_parameters};
+use polder_kernels::model::{Config, layout};
+use polder_kernels::train::{Keep, TrainData, TrainError, TrainInput, TrainOutput, TrainStage, initial_parameters};
 use polder_protocol::layout::BlockRange;
 use polder_protocol::run::Inner;
 use settings::inner;
@@ -26,7 +26,7 @@ fn loss_and_gradients_are_those_of_pytorch() {
             (norm / right - 1.0).abs() < f64::from(golden.tolerance("grad_norm_rel")),
             "{norm} {right}"
         );
-        let gradients = by_name(&golden, stage.gradients().unwrap());
+        let gradients = by_name(&golden.config, stage.gradients().unwrap());
         for (name, right) in golden.expected["grad_norms"].as_object().unwrap() {
             let squares: f64 = gradients[name].iter().map(|g| f64::from(*g).powi(2)).sum();
             let ratio = squares.sqrt() / right.as_f64().unwrap();
@@ -167,11 +167,11 @@ fn a_step_moves_the_corrections_of_routers_against_their_loads() {
     let golden = Golden::open("deepseek_v3");
     let mut stage = stage(&golden, BlockRange::whole(3), inner());
     let tokens: Vec<u32> = golden.tokens.concat();
-    let before = by_name(&golden, stage.parameters());
+    let before = by_name(&golden.config, stage.parameters());
     stage.forward(0, batch(&tokens, &[])).unwrap();
     let sum = stage.square_sum(1).unwrap();
     stage.apply(0, sum).unwrap();
-    let after = by_name(&golden, stage.parameters());
+    let after = by_name(&golden.config, stage.parameters());
     let name = "model.layers.1.mlp.gate.e_score_correction_bias";
     let moved: Vec<f32> = after[name]
         .iter()
@@ -180,6 +180,130 @@ fn a_step_moves_the_corrections_of_routers_against_their_loads() {
         .collect();
     assert!(moved.iter().all(|moved| moved.abs() < 1.1e-3));
     assert!(moved.iter().any(|moved| *moved > 0.9e-3) && moved.iter().any(|moved| *moved < -0.9e-3));
+}
+
+/// Dense families: each has something that no other has.
+const DENSE: [&str; 10] = [
+    "llama_rope_llama3",
+    "llama_tied_sharded",
+    "mistral_sliding",
+    "ministral3_yarn",
+    "qwen2_bias",
+    "qwen3_qknorm",
+    "smollm3_nope",
+    "apertus_xielu",
+    "gemma3_text",
+    "nemotron_dense",
+];
+
+#[test]
+fn loops_over_slices_meet_the_graph_of_tensors_over_odd_shapes() {
+    for dense in DENSE.map(Dense::new) {
+        let range = BlockRange::whole(dense.config.blocks);
+        for (batch, seq) in [(1, 1), (3, 2), (1, 37), (2, 67), (1, 150)] {
+            let run = |device: &Device| {
+                let mut stage = dense.stage(range, device);
+                let tokens = dense.tokens(batch * (seq + 1));
+                let input = TrainInput {
+                    tokens: &tokens,
+                    hidden: &[],
+                    batch,
+                    seq,
+                };
+                let loss = loss(stage.forward(0, input).unwrap()).0;
+                let score = stage.score(&tokens, 100, 1, seq).unwrap();
+                (loss, score, by_name(&dense.config, stage.gradients().unwrap()))
+            };
+            let (own, right) = (run(&Device::cpu()), run(&Device::cpu_in_tensors()));
+            let name = dense.config.family;
+            assert!(
+                (own.0 / right.0 - 1.0).abs() < 2e-6,
+                "{name} {batch} × {seq}: {} {}",
+                own.0,
+                right.0
+            );
+            assert!(
+                (own.1 / right.1 - 1.0).abs() < 2e-6,
+                "{name} {batch} × {seq}: {} {}",
+                own.1,
+                right.1
+            );
+            let all = right.2.values().map(|gradient| largest(gradient)).fold(0.0, f32::max);
+            for (tensor, right) in &right.2 {
+                let error = largest_difference(&own.2[tensor], right);
+                // What is rounding in the one is rounding in the other.
+                let limit = 2e-5 * largest(right).max(1e-2 * all);
+                assert!(error <= limit, "{name} {batch} × {seq}, {tensor}: {error} {limit}");
+            }
+        }
+    }
+}
+
+#[test]
+fn computing_again_and_repeating_change_no_bit() {
+    for dense in DENSE.map(Dense::new).into_iter().filter(|dense| !dense.config.tied) {
+        let blocks = dense.config.blocks;
+        let tokens = dense.tokens(2 * 71);
+        let run = |keep: Keep| {
+            let mut stages = [BlockRange { first: 0, end: 1 }, BlockRange { first: 1, end: blocks }]
+                .map(|range| dense.stage(range, &Device::cpu()));
+            stages.iter_mut().for_each(|stage| stage.set_keep(keep));
+            let [first, last] = &mut stages;
+            let input = |hidden| TrainInput {
+                tokens: &tokens,
+                hidden,
+                batch: 2,
+                seq: 70,
+            };
+            let sent = hidden(first.forward(0, input(&[])).unwrap());
+            let (loss, gradient) = loss(last.forward(0, input(&sent)).unwrap());
+            first.backward(0, &gradient).unwrap();
+            let sum = first.square_sum(1).unwrap() + last.square_sum(1).unwrap();
+            first.apply(0, sum).unwrap();
+            last.apply(0, sum).unwrap();
+            (loss, [first.parameters(), last.parameters()].concat())
+        };
+        let right = run(Keep::Activations);
+        assert!(run(Keep::Activations) == right, "{}", dense.config.family);
+        assert!(run(Keep::Inputs) == right, "{}", dense.config.family);
+    }
+}
+
+/// A dense model with parameters of which none is one or zero by rule.
+struct Dense {
+    config_json: String,
+    config: Config,
+    parameters: Vec<Vec<f32>>,
+}
+
+impl Dense {
+    fn new(name: &str) -> Self {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/golden")
+            .join(name);
+        let config_json = std::fs::read_to_string(folder.join("config.json")).unwrap();
+        let mut parameters = initial_parameters(&config_json, 3).unwrap().1;
+        for (index, value) in parameters.iter_mut().flatten().enumerate() {
+            *value += 0.03 * (index as f32 * 0.7).sin();
+        }
+        Self {
+            config: Config::from_json(&config_json).unwrap(),
+            config_json,
+            parameters,
+        }
+    }
+
+    fn stage(&self, range: BlockRange, device: &Device) -> TrainStage {
+        let parts = range.parts(self.config.blocks);
+        let parameters = self.parameters[parts.start as usize..parts.end as usize].to_vec();
+        TrainStage::new(&self.config_json, range, parameters, inner(), 10, device).unwrap()
+    }
+
+    fn tokens(&self, count: u32) -> Vec<u32> {
+        (0..count)
+            .map(|i| (i * i + 7 * i) % self.config.vocabulary as u32)
+            .collect()
+    }
 }
 
 fn stage(golden: &Golden, range: BlockRange, inner: Inner) -> TrainStage {
@@ -211,9 +335,9 @@ fn hidden(output: TrainOutput) -> Vec<f32> {
     }
 }
 
-fn by_name(golden: &Golden, parts: &[Vec<f32>]) -> std::collections::BTreeMap<String, Vec<f32>> {
+fn by_name(config: &Config, parts: &[Vec<f32>]) -> std::collections::BTreeMap<String, Vec<f32>> {
     let mut named = std::collections::BTreeMap::new();
-    for (part, values) in layout(&golden.config).parts.iter().zip(parts) {
+    for (part, values) in layout(config).parts.iter().zip(parts) {
         let mut start = 0;
         for tensor in &part.tensors {
             let end = start + tensor.elements().unwrap();

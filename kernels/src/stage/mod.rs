@@ -16,7 +16,7 @@ use thiserror::Error;
 use crate::device::Device;
 use crate::model::{Config, ConfigError};
 use crate::weights::{Tensors, WeightsError};
-pub(crate) use cpu::{Routing, Trace};
+pub(crate) use cpu::{Routing, Trace, exp, expm1, softplus};
 use engine::Engine;
 use further::FurtherWeights;
 use weights::StageWeights;

@@ -3,7 +3,9 @@
 mod ademamix;
 mod balance;
 mod checks;
+mod cpu;
 mod data;
+mod engine;
 mod error;
 mod files;
 mod goldfish;
@@ -15,6 +17,7 @@ mod optimiser;
 #[cfg(test)]
 mod rules;
 mod stage;
+mod vectorised;
 
 pub use ademamix::{AdEmaMix, AdEmaMixState};
 pub use balance::{BALANCE_RATE, balance};
@@ -24,7 +27,7 @@ pub use goldfish::Goldfish;
 pub use initial::initial_parameters;
 pub use muon::Muon;
 pub use optimiser::learning_rate;
-pub use stage::{MICRO_BATCHES_KEPT_MAX, Stepped, TrainInput, TrainOutput, TrainStage};
+pub use stage::{Keep, MICRO_BATCHES_KEPT_MAX, Stepped, TrainInput, TrainOutput, TrainStage};
 
 #[cfg(test)]
 mod tests {

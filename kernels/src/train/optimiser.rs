@@ -3,6 +3,8 @@
 use polder_protocol::run::Inner;
 use rayon::prelude::*;
 
+use super::vectorised::vectorised;
+
 /// Moments of the parameters of one part.
 #[derive(Debug, Clone)]
 pub(super) struct Moments {
@@ -56,14 +58,36 @@ impl Step {
             .zip(moments.first[range.clone()].par_chunks_mut(CHUNK))
             .zip(moments.second[range].par_chunks_mut(CHUNK))
             .for_each(|(((parameters, gradient), first), second)| {
-                for (((p, g), m), v) in parameters.iter_mut().zip(gradient).zip(first).zip(second) {
-                    let g = g * step.gradient_scale;
-                    *m = step.beta_1 * *m + (1.0 - step.beta_1) * g;
-                    *v = step.beta_2 * *v + (1.0 - step.beta_2) * g * g;
-                    let update = *m * first_correction / ((*v * second_correction).sqrt() + step.epsilon);
-                    *p -= step.learning_rate * (update + decay * *p);
-                }
+                adamw(
+                    parameters,
+                    gradient,
+                    first,
+                    second,
+                    step,
+                    [first_correction, second_correction, decay],
+                );
             });
+    }
+}
+
+vectorised! {
+    /// See [`Step::apply`]; the factors are one divided by both corrections, and the decay.
+    fn adamw(
+        parameters: &mut [f32],
+        gradient: &[f32],
+        first: &mut [f32],
+        second: &mut [f32],
+        step: Step,
+        factors: [f32; 3],
+    ) {
+        let [first_correction, second_correction, decay] = factors;
+        for (((p, g), m), v) in parameters.iter_mut().zip(gradient).zip(first).zip(second) {
+            let g = g * step.gradient_scale;
+            *m = step.beta_1 * *m + (1.0 - step.beta_1) * g;
+            *v = step.beta_2 * *v + (1.0 - step.beta_2) * g * g;
+            let update = *m * first_correction / ((*v * second_correction).sqrt() + step.epsilon);
+            *p -= step.learning_rate * (update + decay * *p);
+        }
     }
 }
 
@@ -84,9 +108,22 @@ pub fn learning_rate(inner: &Inner, steps_total: u64, step: u64) -> f32 {
     (f64::from(inner.learning_rate) * share) as f32
 }
 
-/// Sum of squares in f64, in order.
+/// Sum of squares in f64, in an order that does not depend on the number of threads.
 pub(super) fn square_sum(values: &[f32]) -> f64 {
-    values.iter().map(|value| f64::from(*value) * f64::from(*value)).sum()
+    let sums: Vec<f64> = values.par_chunks(CHUNK).map(chunk_square_sum).collect();
+    sums.iter().sum()
+}
+
+vectorised! {
+    fn chunk_square_sum(values: &[f32]) -> f64 {
+        let mut lanes = [0.0f64; 16];
+        for chunk in values.chunks(16) {
+            for (lane, value) in lanes.iter_mut().zip(chunk) {
+                *lane += f64::from(*value) * f64::from(*value);
+            }
+        }
+        lanes.iter().sum()
+    }
 }
 
 #[cfg(test)]

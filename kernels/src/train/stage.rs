@@ -3,15 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use burn::tensor::{Tensor, TensorData};
 use polder_protocol::layout::{BlockRange, Layout};
 use polder_protocol::run::Inner;
 
 use super::balance::{BALANCE_RATE, balance};
-use super::checks::{check_sizes, checked_layout, finite, numbers, read_parts};
-use super::graph::{Leaf, Leaves, Loads, Positions};
+use super::checks::{check_sizes, checked_layout, finite, read_parts};
+use super::engine::{Engine, GradientSums, Input, Kept, Model};
 use super::optimiser::{Moments, Step, learning_rate, square_sum};
-use super::{TrainData, TrainError, files, graph, limits};
+use super::{TrainData, TrainError, files, limits};
 use crate::device::Device;
 use crate::model::Config;
 
@@ -49,6 +48,18 @@ pub enum TrainOutput {
     },
 }
 
+/// What a stage keeps of a micro-batch for its backward.
+///
+/// It changes memory and time, and not a bit of the results. Models that are computed as a graph keep everything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Keep {
+    /// What was computed on the way.
+    #[default]
+    Activations,
+    /// The input of each block; the backward computes the rest again, a third more work.
+    Inputs,
+}
+
 /// What inner steps came to.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Stepped {
@@ -68,7 +79,8 @@ pub struct TrainStage {
     range: BlockRange,
     inner: Inner,
     steps_total: u64,
-    device: burn::tensor::Device,
+    engine: Engine,
+    keep: Keep,
     /// One tensor at most.
     buffer_bytes_max: u64,
     /// Per part of `range`, as all vectors below.
@@ -76,20 +88,8 @@ pub struct TrainStage {
     moments: Vec<Moments>,
     /// Steps that the moments have seen.
     steps_seen: u64,
-    gradients: Option<Vec<Vec<f32>>>,
-    leaves: Option<Leaves>, // `None` once parameters have changed.
-    positions: Option<Positions>,
-    /// How often each expert was chosen since the last step, where a correction balances them.
-    loads: Loads,
+    gradients: GradientSums,
     kept: BTreeMap<u32, Kept>, // At most `MICRO_BATCHES_KEPT_MAX`.
-}
-
-/// A micro-batch between its forward and its backward.
-#[derive(Debug)]
-struct Kept {
-    input: Option<Tensor<2>>,
-    output: Tensor<2>,
-    leaves: Leaves,
 }
 
 impl TrainStage {
@@ -130,7 +130,8 @@ impl TrainStage {
         limits::check_parameters(&layout, range, device.buffer_bytes_max())?;
         Ok(Self {
             moments: parameters.iter().map(|part| Moments::new(part.len())).collect(),
-            device: device.tensors().clone(),
+            engine: Engine::new(&config, &layout, range, device),
+            keep: Keep::default(),
             buffer_bytes_max: device.buffer_bytes_max(),
             config,
             layout,
@@ -139,12 +140,14 @@ impl TrainStage {
             steps_total,
             parameters,
             steps_seen: 0,
-            gradients: None,
-            leaves: None,
-            positions: None,
-            loads: Loads::new(),
+            gradients: GradientSums::default(),
             kept: BTreeMap::new(),
         })
+    }
+
+    /// Chooses what is kept of micro-batches from now on.
+    pub fn set_keep(&mut self, keep: Keep) {
+        self.keep = keep;
     }
 
     /// Width of the activations.
@@ -261,40 +264,26 @@ impl TrainStage {
         if !has_head && self.kept.len() >= MICRO_BATCHES_KEPT_MAX && !self.kept.contains_key(&micro_batch) {
             return Err(TrainError::Full);
         }
-        let tracked = self.device.clone().autodiff();
-        let leaves = match self.leaves.take() {
-            Some(leaves) => leaves,
-            None => Leaves::new(&self.layout, self.range, &self.parameters, &tracked),
+        let model = Model {
+            config: &self.config,
+            layout: &self.layout,
+            range: self.range,
+            parameters: &self.parameters,
         };
-        self.leaves = Some(leaves.clone());
-        let (x, leaf) = match &checked.inputs {
-            Some(tokens) => (embedded(&self.config, &leaves, tokens, &tracked)?, None),
-            None => {
-                let data = TensorData::new(input.hidden.to_vec(), [checked.rows, self.config.hidden]);
-                let leaf = Tensor::<2>::from_data(data, &tracked).require_grad();
-                (leaf.clone(), Some(leaf))
-            }
+        let input = Input {
+            tokens: checked.inputs.as_deref(),
+            hidden: input.hidden,
+            rows: checked.rows,
+            seq: input.seq as usize,
         };
-        let positions = self.positions(input.seq as usize, &tracked);
-        let output = graph::blocks(&self.config, self.range, &leaves, &positions, x, &mut self.loads)?;
         if !has_head {
-            let values = numbers(output.clone().inner())?;
-            let kept = Kept {
-                input: leaf,
-                output,
-                leaves,
-            };
+            let (values, kept) = self.engine.forward(model, &input, self.keep)?;
             self.kept.insert(micro_batch, kept);
             return Ok(TrainOutput::Hidden(values));
         }
-        let logits = graph::logits(&self.config, &leaves, output).ok_or(TrainError::Kind { takes: "a head" })?;
-        let loss = graph::losses(logits, &checked.targets, &tracked).mean();
-        let value = numbers(loss.clone().inner())?.first().copied().unwrap_or(f32::NAN);
-        let input_gradient = self.collect(&leaves, leaf, loss.backward())?;
-        Ok(TrainOutput::Loss {
-            loss: value,
-            input_gradient,
-        })
+        let sums = self.gradients.of(&self.parameters);
+        let (loss, input_gradient) = self.engine.train(model, &input, &checked.targets, self.keep, sums)?;
+        Ok(TrainOutput::Loss { loss, input_gradient })
     }
 
     /// Runs the backward of a kept micro-batch from the gradient of its output, and returns that of its input, which is
@@ -308,8 +297,7 @@ impl TrainStage {
             .kept
             .get(&micro_batch)
             .ok_or(TrainError::NoMicroBatch { micro_batch })?;
-        let shape = kept.output.dims();
-        if gradient.len() != shape.iter().product::<usize>() {
+        if gradient.len() != kept.elements() {
             return Err(TrainError::Shape {
                 batch: 0,
                 seq: 0,
@@ -320,10 +308,14 @@ impl TrainStage {
         let Some(kept) = self.kept.remove(&micro_batch) else {
             return Err(TrainError::NoMicroBatch { micro_batch });
         };
-        let constant = Tensor::<2>::from_data(TensorData::new(gradient.to_vec(), shape), &self.device).autodiff();
-        // The gradient of this sum is the product of the output's derivative and the given gradient.
-        let gradients = (kept.output * constant).sum().backward();
-        self.collect(&kept.leaves, kept.input, gradients)
+        let model = Model {
+            config: &self.config,
+            layout: &self.layout,
+            range: self.range,
+            parameters: &self.parameters,
+        };
+        let sums = self.gradients.of(&self.parameters);
+        self.engine.backward(model, kept, gradient, sums)
     }
 
     /// Divides the gradients by the number of micro-batches and returns the sum of their squares.
@@ -332,7 +324,7 @@ impl TrainStage {
     ///
     /// [`TrainError::NoGradients`] where none were made.
     pub fn square_sum(&mut self, micro_batches: u32) -> Result<f64, TrainError> {
-        let gradients = self.gradients.as_mut().ok_or(TrainError::NoGradients)?;
+        let gradients = self.gradients.made_mut().ok_or(TrainError::NoGradients)?;
         if micro_batches > 1 {
             let share = 1.0 / micro_batches as f32;
             gradients.iter_mut().flatten().for_each(|gradient| *gradient *= share);
@@ -342,7 +334,7 @@ impl TrainStage {
 
     /// The gradients per part: a sum over micro-batches, or their mean after [`TrainStage::square_sum`].
     pub fn gradients(&self) -> Option<&[Vec<f32>]> {
-        self.gradients.as_deref()
+        self.gradients.made()
     }
 
     /// Takes an AdamW step with the gradients, clipped by the norm over all stages of the replica.
@@ -351,7 +343,15 @@ impl TrainStage {
     ///
     /// [`TrainError`]; the gradients are gone, the parameters as before.
     pub fn apply(&mut self, step: u64, square_sum: f64) -> Result<(), TrainError> {
-        let gradients = self.gradients.take().ok_or(TrainError::NoGradients)?;
+        if self.gradients.made().is_none() {
+            return Err(TrainError::NoGradients);
+        }
+        let result = self.step(step, square_sum);
+        self.gradients.forget();
+        result
+    }
+
+    fn step(&mut self, step: u64, square_sum: f64) -> Result<(), TrainError> {
         if !square_sum.is_finite() || square_sum < 0.0 {
             return Err(TrainError::NotFinite { what: "the gradient" });
         }
@@ -375,7 +375,7 @@ impl TrainStage {
         for (((layout, parameters), gradient), moments) in layouts
             .iter()
             .zip(&mut self.parameters)
-            .zip(&gradients)
+            .zip(self.gradients.made().unwrap_or_default())
             .zip(&mut self.moments)
         {
             let mut start = 0;
@@ -388,7 +388,7 @@ impl TrainStage {
             }
         }
         self.balance_experts();
-        self.leaves = None;
+        self.engine.changed();
         self.kept.clear();
         Ok(())
     }
@@ -396,7 +396,7 @@ impl TrainStage {
     /// Moves the corrections of routers against the loads that they met.
     fn balance_experts(&mut self) {
         let first = self.range.parts(self.config.blocks).start as usize;
-        for ((part, slot), load) in std::mem::take(&mut self.loads) {
+        for ((part, slot), load) in self.engine.take_loads() {
             let Some(layout) = self.layout.parts.get(first + part) else {
                 continue;
             };
@@ -438,7 +438,12 @@ impl TrainStage {
         let stream: Vec<u32> = core::iter::once(start).chain(tokens.iter().copied()).collect();
         let seq = seq as usize;
         limits::check_micro_batch(&self.config, self.range, SCORE_WINDOWS, seq, self.buffer_bytes_max)?;
-        let leaves = Leaves::new(&self.layout, self.range, &self.parameters, &self.device);
+        let model = Model {
+            config: &self.config,
+            layout: &self.layout,
+            range: self.range,
+            parameters: &self.parameters,
+        };
         let whole = tokens.len() / seq * seq;
         let batches = (0..whole)
             .step_by(seq * SCORE_WINDOWS)
@@ -446,21 +451,22 @@ impl TrainStage {
             .chain((whole < tokens.len()).then_some((whole, tokens.len() - whole, tokens.len() - whole)));
         let mut nats = 0.0;
         for (at, rows, seq) in batches {
-            let device = self.device.clone();
-            let x = embedded(&self.config, &leaves, &stream[at..at + rows], &device)?;
-            let positions = Positions::new(&self.config, seq, &device);
-            let x = graph::blocks(&self.config, self.range, &leaves, &positions, x, &mut Loads::new())?;
-            let logits = graph::logits(&self.config, &leaves, x).ok_or(TrainError::Kind { takes: "a head" })?;
-            let losses = numbers(graph::losses(logits, &stream[at + 1..at + rows + 1], &device))?;
+            let input = Input {
+                tokens: Some(&stream[at..at + rows]),
+                hidden: &[],
+                rows,
+                seq,
+            };
+            let losses = self.engine.losses(model, &input, &stream[at + 1..at + rows + 1])?;
             nats += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
         }
         Ok((nats / core::f64::consts::LN_2 / bytes as f64) as f32)
     }
 
     fn forget(&mut self) {
-        self.leaves = None;
-        self.gradients = None;
-        self.loads.clear();
+        self.engine.changed();
+        self.engine.take_loads();
+        self.gradients.forget();
         self.kept.clear();
     }
 
@@ -470,46 +476,6 @@ impl TrainStage {
             false => Err(TrainError::Kind {
                 takes: "a part of the model; this needs the whole",
             }),
-        }
-    }
-
-    fn positions(&mut self, seq: usize, device: &burn::tensor::Device) -> Positions {
-        match self.positions.take().filter(|positions| positions.seq() == seq) {
-            Some(positions) => self.positions.insert(positions).clone(),
-            None => self.positions.insert(Positions::new(&self.config, seq, device)).clone(),
-        }
-    }
-
-    /// Adds a backward's gradients to the sums, and returns the input's.
-    fn collect(
-        &mut self,
-        leaves: &Leaves,
-        input: Option<Tensor<2>>,
-        mut gradients: burn::tensor::Gradients,
-    ) -> Result<Vec<f32>, TrainError> {
-        let sums = self
-            .gradients
-            .get_or_insert_with(|| self.parameters.iter().map(|part| vec![0.0; part.len()]).collect());
-        for (sums, part) in sums.iter_mut().zip(leaves.parts()) {
-            let mut rest = &mut sums[..];
-            for leaf in part {
-                let (elements, gradient) = match leaf {
-                    Leaf::Vector(leaf) => (leaf.dims()[0], leaf.grad_remove(&mut gradients).map(numbers)),
-                    Leaf::Matrix(leaf) => {
-                        let [rows, cols] = leaf.dims();
-                        (rows * cols, leaf.grad_remove(&mut gradients).map(numbers))
-                    }
-                };
-                let (own, others) = rest.split_at_mut(elements);
-                for (sum, gradient) in own.iter_mut().zip(gradient.transpose()?.unwrap_or_default()) {
-                    *sum += gradient;
-                }
-                rest = others;
-            }
-        }
-        match input.and_then(|input| input.grad_remove(&mut gradients)) {
-            Some(gradient) => numbers(gradient),
-            None => Ok(Vec::new()),
         }
     }
 
@@ -571,13 +537,4 @@ struct Checked {
     /// `[rows]`, at a stage with the head.
     targets: Vec<u32>,
     rows: usize,
-}
-
-fn embedded(
-    config: &Config,
-    leaves: &Leaves,
-    tokens: &[u32],
-    device: &burn::tensor::Device,
-) -> Result<Tensor<2>, TrainError> {
-    graph::embed(config, leaves, tokens, device).ok_or(TrainError::Kind { takes: "activations" })
 }

@@ -103,13 +103,14 @@ pub(super) fn xielu(x: &mut [f32], alpha_p: f32, alpha_n: f32, beta: f32, epsilo
 }
 
 /// `ln(1 + eˣ)`, without overflow. Parameters and time steps pass here, so it is in f64.
-pub(super) fn softplus(x: f32) -> f32 {
+pub(crate) fn softplus(x: f32) -> f32 {
     let x = f64::from(x);
     (x.max(0.0) + (-x.abs()).exp().ln_1p()) as f32
 }
 
 /// eˣ − 1, exact near zero.
-fn expm1(x: f32) -> f32 {
+#[inline(always)]
+pub(crate) fn expm1(x: f32) -> f32 {
     if x.abs() > 0.35 {
         return exp(x) - 1.0;
     }
@@ -185,7 +186,7 @@ fn sum_of(x: &[f32], value: impl Fn(f32) -> f32) -> f32 {
 
 /// eˣ to about two units in the last place, without a branch, so that it runs in lanes.
 #[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     // Beyond these the result is zero or infinite in all but name.
     let x = x.clamp(-87.0, 88.0);
     // Adding and taking away 1.5 · 2²³ rounds to a whole number.

@@ -15,6 +15,7 @@ mod mlp;
 mod product;
 
 pub(super) use dense::{Dense, LoadedNorm};
+pub(crate) use elementwise::{exp, expm1, softplus};
 pub(crate) use engine::Trace;
 pub(super) use engine::{Engine, LoadedMixer, LoadedSublayer, Sequence};
 pub(super) use experts::ExpertWeights;

@@ -1,6 +1,7 @@
 //! The forward pass of consecutive blocks in tensors, on any device, with a graph where gradients are wanted.
 
 mod attention;
+mod engine;
 mod experts;
 mod latent;
 mod leaves;
@@ -18,15 +19,15 @@ use super::TrainError;
 use crate::model::Config;
 use crate::model::describe::{Linear, Mixer, Norm, Slot};
 
-use leaves::Part;
-pub(super) use leaves::{Leaf, Leaves};
-pub(super) use positions::Positions;
+pub(super) use engine::{Engine, Kept};
+use leaves::{Leaf, Leaves, Part};
+use positions::Positions;
 
 /// How often each expert was chosen, by the stage's part and the place of the router's correction in it.
 pub(super) type Loads = BTreeMap<(usize, usize), Vec<u64>>;
 
 /// The embeddings of a stage that has them: `[rows, hidden]`.
-pub(super) fn embed(config: &Config, leaves: &Leaves, tokens: &[u32], device: &Device) -> Option<Tensor<2>> {
+fn embed(config: &Config, leaves: &Leaves, tokens: &[u32], device: &Device) -> Option<Tensor<2>> {
     let embedding = Part(leaves.0.first()?).matrix(Slot(0));
     let x = embedding.select(0, indices(tokens.iter().map(|token| *token as usize), device));
     Some(match config.embedding_scale {
@@ -36,7 +37,7 @@ pub(super) fn embed(config: &Config, leaves: &Leaves, tokens: &[u32], device: &D
 }
 
 /// All blocks of a stage: `[batch · seq, hidden]` to the same.
-pub(super) fn blocks(
+fn blocks(
     config: &Config,
     range: BlockRange,
     leaves: &Leaves,
@@ -81,7 +82,7 @@ fn add_load(loads: &mut Loads, place: (usize, usize), load: &[u64]) {
 }
 
 /// The logits of a stage with the head: `[rows, hidden]` to `[rows, vocabulary]`.
-pub(super) fn logits(config: &Config, leaves: &Leaves, x: Tensor<2>) -> Option<Tensor<2>> {
+fn logits(config: &Config, leaves: &Leaves, x: Tensor<2>) -> Option<Tensor<2>> {
     let part = Part(leaves.0.last()?);
     let normed = norm(part, &config.head.norm, x);
     Some(match &config.head.projection {
@@ -91,7 +92,7 @@ pub(super) fn logits(config: &Config, leaves: &Leaves, x: Tensor<2>) -> Option<T
 }
 
 /// The loss of each row in nats, `[rows]`.
-pub(super) fn losses(logits: Tensor<2>, targets: &[u32], device: &Device) -> Tensor<1> {
+fn losses(logits: Tensor<2>, targets: &[u32], device: &Device) -> Tensor<1> {
     let targets = indices(targets.iter().map(|target| *target as usize), device).unsqueeze_dim::<2>(1);
     log_softmax(logits, 1).gather(1, targets).neg().squeeze_dim(1)
 }

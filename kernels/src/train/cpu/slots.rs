@@ -1,0 +1,55 @@
+//! Where the tensors of a part lie in its numbers.
+
+use core::ops::Range;
+
+use polder_protocol::layout::{BlockRange, Layout};
+
+use crate::model::describe::{Linear, Slot};
+
+/// The tensors of one part, in layout order.
+#[derive(Debug, Clone)]
+pub(super) struct Slots(Vec<Range<usize>>);
+
+impl Slots {
+    /// Those of each part of `range`.
+    pub(super) fn of(layout: &Layout, range: BlockRange) -> Vec<Self> {
+        let parts = range.parts(layout.blocks());
+        let parts = layout.parts.get(parts.start as usize..parts.end as usize);
+        let slots = parts.unwrap_or_default().iter().map(|part| {
+            let mut start = 0;
+            let ranges = part.tensors.iter().map(|tensor| {
+                let end = start + tensor.elements().unwrap_or(0);
+                core::mem::replace(&mut start, end)..end
+            });
+            Self(ranges.collect())
+        });
+        slots.collect()
+    }
+
+    /// A description names only what is in its layout.
+    pub(super) fn range(&self, slot: Slot) -> Range<usize> {
+        self.0
+            .get(slot.0)
+            .cloned()
+            .unwrap_or_else(|| unreachable!("{slot:?} is not in the layout"))
+    }
+
+    /// The weight of `linear`, `[rows, cols]`.
+    pub(super) fn weight(&self, linear: &Linear) -> Range<usize> {
+        let start = self.range(linear.weight).start + linear.first_row * linear.cols;
+        start..start + linear.rows * linear.cols
+    }
+}
+
+/// The parameters of one part.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Weights<'a> {
+    pub(super) values: &'a [f32],
+    pub(super) slots: &'a Slots,
+}
+
+impl<'a> Weights<'a> {
+    pub(super) fn slot(self, slot: Slot) -> &'a [f32] {
+        &self.values[self.slots.range(slot)]
+    }
+}
