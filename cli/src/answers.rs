@@ -31,6 +31,18 @@ pub(crate) struct Choosing {
     /// Choose among the likeliest tokens that together have this share, 0 to 1
     #[arg(long, value_name = "SHARE", default_value_t = 0.95)]
     top_p: f32,
+    /// Leave out tokens below this share of the likeliest one's probability, 0 to 1
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    min_p: f32,
+    /// Make what is in the text already less likely: 1 changes nothing, 1.1 is usual
+    #[arg(long, value_name = "NUMBER", default_value_t = 1.0)]
+    repetition_penalty: f32,
+    /// Take this from a token for each time that the answer has it, -2 to 2
+    #[arg(long, value_name = "NUMBER", default_value_t = 0.0, allow_negative_numbers = true)]
+    frequency_penalty: f32,
+    /// Take this once from every token that the answer has, -2 to 2
+    #[arg(long, value_name = "NUMBER", default_value_t = 0.0, allow_negative_numbers = true)]
+    presence_penalty: f32,
     /// The same seed, question and model give the same answer
     #[arg(long, value_name = "NUMBER")]
     seed: Option<u32>,
@@ -57,6 +69,10 @@ impl Choosing {
             "temperature": self.temperature,
             "top_k": self.top_k,
             "top_p": self.top_p,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
             "stream": true,
             "stream_options": { "include_usage": true },
         });

@@ -22,7 +22,7 @@ use polder_protocol::time::UnixSeconds;
 use polder_protocol::wire::{
     self, Envelope, FRAME_BYTES, Farewell, FrameHeader, Greeting, Hello, PeerHint, Refusal, Reply, Request, Service,
 };
-use polder_protocol::work::{Answer, Order, Sampling, Task};
+use polder_protocol::work::{Answer, Likely, Order, Sampling, Task};
 use polder_protocol::{hash, work};
 use serde::Serialize;
 
@@ -476,6 +476,10 @@ fn tokens(tokens: &[u32]) -> ToSeat {
 fn seats() -> Vec<Vec<u8>> {
     let wired = SeatEvent::Told(ToSeat::Wire(wiring()));
     let first = [
+        SeatEvent::Told(ToSeat::Text {
+            position: 0,
+            tokens: vec![4, 5, 6],
+        }),
         wired.clone(),
         SeatEvent::Told(tokens(&[4, 5, 6])),
         SeatEvent::Told(ToSeat::Ping),
@@ -516,8 +520,8 @@ fn generation() -> Vec<u8> {
     let token = |position| FromSeat::Token {
         attempt: 1,
         position,
-        token: 4,
-        log_probability: -0.5,
+        chosen: likely(4),
+        alternatives: vec![likely(4), likely(6)],
     };
     [
         said(0, FromSeat::Opened),
@@ -544,6 +548,7 @@ fn session_messages() -> Vec<Vec<u8>> {
         range: RANGE,
         context_tokens_max: 512,
         sampling: sampling(),
+        prompt_tokens: 3,
         end_tokens: vec![2],
     };
     let feed = Opening::Feed {
@@ -577,7 +582,17 @@ fn sampling() -> Sampling {
         temperature: 0.7,
         top_k: 40,
         top_p: 0.9,
+        presence_penalty: 0.5,
         seed: 11,
+        alternatives: 2,
+        ..Sampling::GREEDY
+    }
+}
+
+fn likely(token: u32) -> Likely {
+    Likely {
+        token,
+        log_probability: -0.5,
     }
 }
 

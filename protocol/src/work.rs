@@ -84,6 +84,8 @@ pub enum Task {
         tokens: Vec<u32>,
         /// How to choose the next token from the last position, at a stage with the head.
         sample: Option<Sampling>,
+        /// What the choice looks back at.
+        written: Written,
     },
     /// Load a stage for training, from state files. Answered with [`Answer::Loaded`].
     TrainLoad {
@@ -269,8 +271,11 @@ pub enum Weights {
     F32,
 }
 
-/// How the next token is chosen. The choice at a position follows from `seed`, the position and the logits alone, so a
-/// replay chooses alike.
+/// The most alternatives to a chosen token that are told, as with OpenAI.
+pub const ALTERNATIVES_MAX: u8 = 20;
+
+/// How the next token is chosen. The choice at a position follows from `seed`, the position, the text before it and the
+/// logits alone, so a replay chooses alike.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sampling {
     /// Zero is greedy.
@@ -279,8 +284,57 @@ pub struct Sampling {
     pub top_k: u32,
     /// One is no limit.
     pub top_p: f32,
+    /// Tokens below this share of the likeliest one's probability are not chosen. Zero is no limit.
+    pub min_p: f32,
+    /// Divides the logits of tokens that are in the text already, prompt included, where they are positive, and
+    /// multiplies them where they are negative. One changes nothing.
+    pub repetition_penalty: f32,
+    /// Taken from the logit of a generated token for each time that it was generated. Zero changes nothing.
+    pub frequency_penalty: f32,
+    /// Taken once from the logit of every generated token. Zero changes nothing.
+    pub presence_penalty: f32,
     /// Seeds the choice.
     pub seed: u64,
+    /// How many of the likeliest tokens are told beside the chosen one, at most [`ALTERNATIVES_MAX`].
+    pub alternatives: u8,
+}
+
+impl Sampling {
+    /// Always the likeliest token.
+    pub const GREEDY: Self = Self {
+        temperature: 0.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        frequency_penalty: 0.0,
+        presence_penalty: 0.0,
+        seed: 0,
+        alternatives: 0,
+    };
+
+    /// Whether the choice depends on the text before it, which the last stage must then know.
+    pub fn looks_back(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
+    }
+}
+
+/// The text before a token that is to be chosen, where [`Sampling::looks_back`]; else nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Written {
+    /// Prompt and generated tokens.
+    pub tokens: Vec<u32>,
+    /// How many of them are the prompt.
+    pub prompt_tokens: u32,
+}
+
+/// A token and how likely it was.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Likely {
+    /// Its id.
+    pub token: u32,
+    /// Its natural log-probability before penalties, temperature and limits.
+    pub log_probability: f32,
 }
 
 /// What a worker answers.
@@ -326,10 +380,10 @@ pub enum Answer {
     Logits,
     /// The chosen token.
     Sampled {
-        /// Its id.
-        token: u32,
-        /// Its natural log-probability before temperature.
-        log_probability: f32,
+        /// What was chosen.
+        chosen: Likely,
+        /// The likeliest, the likeliest first, as many as were asked for.
+        alternatives: Vec<Likely>,
     },
     /// Local data is ready.
     Data {

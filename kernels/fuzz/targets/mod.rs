@@ -7,8 +7,11 @@ use polder_kernels::model::{Config, layout};
 use polder_kernels::text::{ChatTemplate, Message, Tokenizer};
 use polder_kernels::weights::{Gguf, PartFile, import};
 
+/// A target.
+type Target = fn(&[u8]);
+
 /// Every target: its name, which is that of its folder in `corpus`, and what it does.
-pub(crate) const ALL: [(&str, fn(&[u8])); 6] = [
+pub(crate) const ALL: [(&str, Target); 6] = [
     ("chat_template", chat_template),
     ("config", config),
     ("gguf", gguf),
@@ -41,7 +44,12 @@ fn gguf(bytes: &[u8]) {
     for tensor in file.tensors().values() {
         assert!(bytes.get(tensor.range.clone()).is_some());
     }
-    for key in ["general.name", "general.architecture", "tokenizer.ggml.tokens", "llama.block_count"] {
+    for key in [
+        "general.name",
+        "general.architecture",
+        "tokenizer.ggml.tokens",
+        "llama.block_count",
+    ] {
         let _ = (file.text(bytes, key), file.texts(bytes, key), file.whole(key));
         let _ = (file.number(key), file.numbers(bytes, key), file.flag(key));
     }
@@ -70,7 +78,9 @@ fn part_file(bytes: &[u8]) {
 }
 
 fn tokenizer(bytes: &[u8]) {
-    let Ok(tokenizer) = Tokenizer::from_bytes(bytes) else { return };
+    let Ok(tokenizer) = Tokenizer::from_bytes(bytes) else {
+        return;
+    };
     if let Ok(ids) = tokenizer.encode("Alle Menschen sind frei, ça va? 42 ")
         && let Ok(text) = tokenizer.decode(&ids)
     {

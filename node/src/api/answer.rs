@@ -12,6 +12,7 @@ use polder_protocol::route::Hop;
 use serde_json::{Map, Value, json};
 
 use super::failure::Failure;
+use super::log_probabilities::Tokens;
 use super::metrics::Metrics;
 use super::question::Shape;
 use crate::serve::{Event, GenerateRequest, Reason, ServeError, ServeHandle, Usage};
@@ -63,9 +64,19 @@ impl Frame {
     async fn whole(self, events: impl Stream<Item = Result<Event, ServeError>>) -> Result<Json<Value>, Failure> {
         let mut events = std::pin::pin!(events);
         let mut all = String::new();
+        let mut tokens = self.shape.log_probabilities.then(Tokens::default);
         while let Some(event) = events.next().await {
             match event? {
-                Event::Token { text, .. } => all.push_str(&text),
+                Event::Token {
+                    text,
+                    chosen,
+                    alternatives,
+                } => {
+                    if let Some(tokens) = &mut tokens {
+                        tokens.push(chosen, alternatives);
+                    }
+                    all.push_str(&text);
+                }
                 Event::Done {
                     text,
                     reason,
@@ -78,7 +89,7 @@ impl Frame {
                     } else {
                         ("text", Value::from(all))
                     };
-                    let mut body = self.body(content, Some(reason));
+                    let mut body = self.body(content, Some(reason), self.told(tokens));
                     body.insert("usage".to_owned(), usage_value(usage));
                     body.insert("polder".to_owned(), chain_value(&chain, usage));
                     return Ok(Json(Value::Object(body)));
@@ -93,7 +104,7 @@ impl Frame {
     fn stream(self, events: impl Stream<Item = Result<Event, ServeError>> + Send + 'static) -> impl IntoResponse {
         let opening = self.shape.chat.then(|| {
             let role = json!({ "role": "assistant", "content": "" });
-            self.sent(self.body(("delta", role), None))
+            self.sent(self.body(("delta", role), None, Value::Null))
         });
         let chunks = events.flat_map(move |event| stream::iter(self.chunks(event)));
         let end = stream::iter([Sent::default().data("[DONE]")]);
@@ -104,8 +115,15 @@ impl Frame {
     /// What goes out for one event.
     fn chunks(&self, event: Result<Event, ServeError>) -> Vec<Sent> {
         match event {
-            Ok(Event::Token { text, .. }) if text.is_empty() => Vec::new(),
-            Ok(Event::Token { text, .. }) => vec![self.sent(self.body(self.piece(text), None))],
+            Ok(Event::Token { text, .. }) if text.is_empty() && !self.shape.log_probabilities => Vec::new(),
+            Ok(Event::Token {
+                text,
+                chosen,
+                alternatives,
+            }) => {
+                let tokens = self.shape.log_probabilities.then(|| Tokens::one(chosen, alternatives));
+                vec![self.sent(self.body(self.piece(text), None, self.told(tokens)))]
+            }
             Ok(Event::Done {
                 text,
                 reason,
@@ -114,14 +132,14 @@ impl Frame {
             }) => {
                 let mut chunks = Vec::new();
                 if !text.is_empty() {
-                    chunks.push(self.sent(self.body(self.piece(text), None)));
+                    chunks.push(self.sent(self.body(self.piece(text), None, Value::Null)));
                 }
                 let nothing = if self.shape.chat {
                     ("delta", json!({}))
                 } else {
                     ("text", Value::from(""))
                 };
-                let mut last = self.body(nothing, Some(reason));
+                let mut last = self.body(nothing, Some(reason), Value::Null);
                 last.insert("polder".to_owned(), chain_value(&chain, usage));
                 chunks.push(self.sent(last));
                 if self.shape.include_usage {
@@ -145,13 +163,21 @@ impl Frame {
         }
     }
 
-    fn body(&self, (name, content): (&str, Value), reason: Option<Reason>) -> Map<String, Value> {
+    fn told(&self, tokens: Option<Tokens>) -> Value {
+        match tokens {
+            Some(tokens) if self.shape.chat => tokens.of_chat(),
+            Some(tokens) => tokens.of_text(),
+            None => Value::Null,
+        }
+    }
+
+    fn body(&self, (name, content): (&str, Value), reason: Option<Reason>, tokens: Value) -> Map<String, Value> {
         let reason = reason.map(|reason| match reason {
             Reason::Stop => "stop",
             Reason::Length => "length",
         });
         let mut body = self.head();
-        let choice = json!({ "index": 0, name: content, "logprobs": null, "finish_reason": reason });
+        let choice = json!({ "index": 0, name: content, "logprobs": tokens, "finish_reason": reason });
         body.insert("choices".to_owned(), json!([choice]));
         body
     }

@@ -3,6 +3,7 @@
 
 mod answer;
 mod failure;
+mod log_probabilities;
 mod metrics;
 mod question;
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use polder_protocol::hash::{InstitutionId, NodeId};
 use polder_protocol::route::{RoutePolicy, Who};
-use polder_protocol::work::{Message, Prompt, Sampling};
+use polder_protocol::work::{ALTERNATIVES_MAX, Message, Prompt, Sampling};
 use serde::Deserialize;
 
 use super::failure::Failure;
@@ -24,6 +24,8 @@ const TEXT_TOKENS_MAX: u32 = 16;
 pub(super) struct ChatQuestion {
     messages: Vec<ChatMessage>,
     max_completion_tokens: Option<u32>,
+    logprobs: Option<bool>,
+    top_logprobs: Option<u8>,
     #[serde(flatten)]
     common: Common,
 }
@@ -32,6 +34,7 @@ pub(super) struct ChatQuestion {
 #[derive(Debug, Deserialize)]
 pub(super) struct TextQuestion {
     prompt: OneOrMany,
+    logprobs: Option<u8>,
     #[serde(flatten)]
     common: Common,
 }
@@ -43,6 +46,10 @@ struct Common {
     temperature: Option<f32>,
     top_p: Option<f32>,
     top_k: Option<u32>,
+    min_p: Option<f32>,
+    repetition_penalty: Option<f32>,
+    frequency_penalty: Option<f32>,
+    presence_penalty: Option<f32>,
     seed: Option<i64>,
     stop: Option<OneOrMany>,
     stream: Option<bool>,
@@ -98,6 +105,7 @@ pub(super) struct Shape {
     pub(super) chat: bool,
     pub(super) stream: bool,
     pub(super) include_usage: bool,
+    pub(super) log_probabilities: bool,
     pub(super) model: String,
 }
 
@@ -110,7 +118,13 @@ impl ChatQuestion {
         }
         let messages: Result<Vec<Message>, Failure> = self.messages.into_iter().map(ChatMessage::read).collect();
         let tokens_max = self.max_completion_tokens.or(self.common.max_tokens);
-        self.common.read(serve, Prompt::Chat(messages?), tokens_max, true)
+        let alternatives = match (self.logprobs.unwrap_or(false), self.top_logprobs) {
+            (true, count) => Some(count.unwrap_or(0)),
+            (false, None | Some(0)) => None,
+            (false, Some(_)) => return Err(Failure::request("`top_logprobs` needs `logprobs`: true")),
+        };
+        self.common
+            .read(serve, Prompt::Chat(messages?), tokens_max, alternatives, true)
     }
 }
 
@@ -121,7 +135,8 @@ impl TextQuestion {
             return Err(Failure::request("`prompt` must be one text"));
         };
         let tokens_max = self.common.max_tokens.unwrap_or(TEXT_TOKENS_MAX);
-        self.common.read(serve, Prompt::Plain(prompt), Some(tokens_max), false)
+        self.common
+            .read(serve, Prompt::Plain(prompt), Some(tokens_max), self.logprobs, false)
     }
 }
 
@@ -165,6 +180,7 @@ impl Common {
         serve: &ServeHandle,
         prompt: Prompt,
         tokens_max: Option<u32>,
+        alternatives: Option<u8>,
         chat: bool,
     ) -> Result<(GenerateRequest, Shape), Failure> {
         if self.n.is_some_and(|count| count != 1) {
@@ -172,6 +188,16 @@ impl Common {
         }
         let temperature = within("temperature", self.temperature.unwrap_or(1.0), 0.0, 2.0)?;
         let top_p = within("top_p", self.top_p.unwrap_or(1.0), 0.0, 1.0)?;
+        let min_p = within("min_p", self.min_p.unwrap_or(0.0), 0.0, 1.0)?;
+        let repetition_penalty = within("repetition_penalty", self.repetition_penalty.unwrap_or(1.0), 0.1, 10.0)?;
+        let frequency_penalty = within("frequency_penalty", self.frequency_penalty.unwrap_or(0.0), -2.0, 2.0)?;
+        let presence_penalty = within("presence_penalty", self.presence_penalty.unwrap_or(0.0), -2.0, 2.0)?;
+        if alternatives.is_some_and(|count| count > ALTERNATIVES_MAX) {
+            let name = if chat { "top_logprobs" } else { "logprobs" };
+            return Err(Failure::request(format!(
+                "`{name}` must be from 0 to {ALTERNATIVES_MAX}"
+            )));
+        }
         let stop = self.stop.map(OneOrMany::list).unwrap_or_default();
         if stop.len() > STOPS_MAX {
             return Err(Failure::request(format!("`stop` may hold at most {STOPS_MAX} texts")));
@@ -193,8 +219,14 @@ impl Common {
                 temperature,
                 top_k: self.top_k.unwrap_or(0),
                 top_p,
+                min_p,
+                repetition_penalty,
+                frequency_penalty,
+                presence_penalty,
                 seed,
+                alternatives: alternatives.unwrap_or(0),
             },
+            names: alternatives.is_some(),
             stop,
             policy: self.route.map(Route::read).transpose()?.unwrap_or_default(),
         };
@@ -205,6 +237,7 @@ impl Common {
                 .stream_options
                 .and_then(|options| options.include_usage)
                 .unwrap_or(false),
+            log_probabilities: alternatives.is_some(),
             model: model.map(|(_, epoch, _)| epoch.name.clone()).unwrap_or_default(),
         };
         Ok((request, shape))

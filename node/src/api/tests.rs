@@ -33,6 +33,27 @@ async fn a_text_is_completed_whole_or_in_events() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn log_probabilities_come_with_every_token() {
+    let (address, _town) = api().await;
+    let question = json!({ "prompt": "hello", "max_tokens": 4, "temperature": 0, "logprobs": 2 });
+    let (status, body) = post(&address, "/v1/completions", &question).await;
+    assert_eq!(status, 200, "{body}");
+    let body: Value = serde_json::from_str(&body).unwrap();
+    let told = &body["choices"][0]["logprobs"];
+    let tokens: String = told["tokens"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|token| token.as_str().unwrap())
+        .collect();
+    assert_eq!(tokens, body["choices"][0]["text"].as_str().unwrap());
+    assert_eq!(told["token_logprobs"], json!([-0.5, -0.5, -0.5, -0.5]));
+    // The last stage tells three; two were asked for.
+    let alternatives = told["top_logprobs"].as_array().unwrap();
+    assert!(alternatives.iter().all(|token| token.as_object().unwrap().len() == 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_wrong_is_said_in_the_shape_that_clients_read() {
     let (address, _town) = api().await;
     for (path, question, status, words) in [
@@ -55,6 +76,19 @@ async fn what_is_wrong_is_said_in_the_shape_that_clients_read() {
             "300 tokens",
         ),
         ("/v1/completions", json!({ "prompt": ["a", "b"] }), 400, "one text"),
+        (
+            "/v1/completions",
+            json!({ "prompt": "x", "logprobs": 21 }),
+            400,
+            "logprobs",
+        ),
+        ("/v1/completions", json!({ "prompt": "x", "min_p": 1.5 }), 400, "min_p"),
+        (
+            "/v1/chat/completions",
+            json!({ "messages": [{ "role": "user", "content": "x" }], "top_logprobs": 2 }),
+            400,
+            "logprobs",
+        ),
         ("/v1/chat/completions", json!({ "messages": [] }), 400, "messages"),
         ("/v1/chat/completions", json!({ "messages": 3 }), 422, "messages"),
     ] {

@@ -12,7 +12,7 @@ use polder_protocol::session::{
     Effect, FromSeat, Generation, Input, Opening, Request, SeatId, SeatRequest, SessionId, ToSeat, Why, decode, encode,
 };
 use polder_protocol::time;
-use polder_protocol::work::{Prompt, Sampling};
+use polder_protocol::work::{Likely, Prompt, Sampling};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
@@ -38,6 +38,8 @@ pub struct GenerateRequest {
     pub tokens_max: Option<u32>,
     /// How tokens are chosen.
     pub sampling: Sampling,
+    /// Whether each token is to be told with its own text, and its alternatives.
+    pub names: bool,
     /// The text ends before the first of these.
     pub stop: Vec<String>,
     /// Whom to trust with it.
@@ -52,9 +54,9 @@ pub enum Event {
         /// The text; empty while a letter is incomplete.
         text: String,
         /// The token that brought it.
-        token: u32,
-        /// Its natural log-probability before temperature.
-        log_probability: f32,
+        chosen: Named,
+        /// The likeliest tokens in its place, as many as were asked for.
+        alternatives: Vec<Named>,
     },
     /// The end.
     Done {
@@ -67,6 +69,17 @@ pub enum Event {
         /// Who answered.
         chain: Vec<Hop>,
     },
+}
+
+/// A token, how likely it was, and its text.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Named {
+    /// Its id.
+    pub token: u32,
+    /// Its natural log-probability before penalties, temperature and limits.
+    pub log_probability: f32,
+    /// Its text alone, where [`GenerateRequest::names`] asks for it; bytes that are not UTF-8 are U+FFFD.
+    pub text: String,
 }
 
 /// Why a text ended.
@@ -128,6 +141,7 @@ async fn answer(inner: &Arc<Inner>, request: GenerateRequest, events: &Events) -
             context_tokens_max: asking.context_tokens_max,
             end_tokens: epoch.end_tokens.clone(),
             blocks: epoch.blocks(),
+            looks_back: request.sampling.looks_back(),
             prompt,
         },
         inner.config.limits,
@@ -230,15 +244,21 @@ impl<'a> Asking<'a> {
                             info!(seat = seat.0, "a stage was lost in a generation");
                             self.seats.remove(&seat);
                         }
-                        Effect::Emit { token, log_probability } => {
+                        Effect::Emit { chosen, alternatives } => {
                             // Stages that were lost and replaced are not who answered last.
                             chain = machine.chain();
-                            let piece = words.push(token).await?;
+                            let piece = words.push(chosen.token).await?;
                             let (text, stopped) = stops.push(&piece);
+                            // No more than were asked for: the last stage may lie.
+                            let asked = usize::from(self.request.sampling.alternatives);
+                            let mut named = Vec::with_capacity(asked.min(alternatives.len()));
+                            for likely in alternatives.into_iter().take(asked) {
+                                named.push(self.name(&words, likely).await?);
+                            }
                             let event = Event::Token {
                                 text,
-                                token,
-                                log_probability,
+                                chosen: self.name(&words, chosen).await?,
+                                alternatives: named,
                             };
                             if events.send(Ok(event)).await.is_err() {
                                 return Ok(());
@@ -285,6 +305,20 @@ impl<'a> Asking<'a> {
         }
     }
 
+    /// A token with its text, where that was asked for.
+    async fn name(&self, words: &Words, likely: Likely) -> Result<Named, ServeError> {
+        let Likely { token, log_probability } = likely;
+        let text = match self.request.names {
+            true => words.alone(token).await?,
+            false => String::new(),
+        };
+        Ok(Named {
+            token,
+            log_probability,
+            text,
+        })
+    }
+
     fn usage(&self, machine: &Generation) -> Usage {
         Usage {
             prompt_tokens: self.prompt_tokens,
@@ -323,6 +357,7 @@ impl<'a> Asking<'a> {
             range: hop.range,
             context_tokens_max: self.context_tokens_max,
             sampling: self.request.sampling.clone(),
+            prompt_tokens: self.prompt_tokens,
             end_tokens: self.epoch.end_tokens.clone(),
         });
         let inner = Arc::clone(self.inner);

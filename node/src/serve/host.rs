@@ -8,7 +8,7 @@ use bytes::Bytes;
 use polder_protocol::hash::{EpochId, NodeId};
 use polder_protocol::layout::BlockRange;
 use polder_protocol::session::{Feed, FromSeat, Opening, SeatId, SeatInput, SessionId, decode, encode, reason};
-use polder_protocol::work::{Answer, Sampling, StageId, Task, Weights};
+use polder_protocol::work::{Answer, Sampling, StageId, Task, Weights, Written};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
@@ -273,12 +273,8 @@ async fn measure(
             session,
             position,
             tokens,
-            sample: Some(Sampling {
-                temperature: 0.0,
-                top_k: 0,
-                top_p: 1.0,
-                seed: 0,
-            }),
+            sample: Some(Sampling::GREEDY),
+            written: Written::default(),
         };
         let began = Instant::now();
         inner.device.order(forward, payload).await?;

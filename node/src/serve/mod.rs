@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::data::{BlobStore, DataPlane, FetchError};
 use crate::device::{Device, DeviceError};
-pub use gateway::{Event, GenerateRequest, Reason, Usage};
+pub use gateway::{Event, GenerateRequest, Named, Reason, Usage};
 use host::Seats;
 use streams::Streams;
 

@@ -11,7 +11,7 @@ use polder_protocol::session::{
     Computed, Feed, FromSeat, Opening, Seat, SeatEffect, SeatId, SeatInput, SeatRequest, SessionId, ToSeat, decode,
     encode, reason,
 };
-use polder_protocol::work::{Answer, Task};
+use polder_protocol::work::{Answer, Task, Written};
 use tokio::sync::mpsc;
 
 use super::host::INBOX_MAX;
@@ -191,7 +191,8 @@ impl Seated {
                         position,
                         tokens,
                         payload,
-                    } => computing = self.compute(position, tokens, payload),
+                        written,
+                    } => computing = self.compute(position, tokens, payload, written),
                     SeatEffect::Say(message) => {
                         if saying.send(message).await.is_err() {
                             return Ok(());
@@ -217,13 +218,17 @@ impl Seated {
         }
     }
 
-    fn compute(&self, position: u32, tokens: Vec<u32>, payload: Vec<u8>) -> Computing {
+    fn compute(&self, position: u32, tokens: Vec<u32>, payload: Vec<u8>, written: Vec<u32>) -> Computing {
         let task = Task::Forward {
             stage: self.loaded.stage,
             session: self.session,
             position,
             tokens,
             sample: Some(self.request.sampling.clone()),
+            written: Written {
+                tokens: written,
+                prompt_tokens: self.request.prompt_tokens,
+            },
         };
         let device = self.inner.device.clone();
         Box::pin(async move { device.order(task, Bytes::from(payload)).await })
@@ -264,7 +269,7 @@ impl Seated {
 fn computed(answer: Result<(Answer, Bytes), DeviceError>) -> Result<Computed, String> {
     match answer {
         Ok((Answer::Hidden, payload)) => Ok(Computed::Hidden(payload.into())),
-        Ok((Answer::Sampled { token, log_probability }, _)) => Ok(Computed::Token { token, log_probability }),
+        Ok((Answer::Sampled { chosen, alternatives }, _)) => Ok(Computed::Token { chosen, alternatives }),
         Ok((answer, _)) => Err(DeviceError::unexpected(&answer).to_string()),
         Err(error) => Err(error.to_string()),
     }

@@ -11,7 +11,7 @@ use futures::StreamExt;
 use polder_protocol::hash::{BlobId, digest};
 use polder_protocol::route::RoutePolicy;
 use polder_protocol::work::frame::{decode_head, frame_start, head_bytes, payload_bytes};
-use polder_protocol::work::{Answer, Order, Prompt, Reply, Sampling, Task};
+use polder_protocol::work::{Answer, Likely, Order, Prompt, Reply, Sampling, Task, Written};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex, split};
 
@@ -63,9 +63,14 @@ async fn the_text_is_the_same_when_any_stage_is_killed_in_mid_generation() {
         let town = Town::new();
         let stages = town.three().await;
         let gateway = town.node(4).await;
-        let expected = gateway.ask("a question", 60).await.unwrap().text;
+        // The choice looks back, so the last stage must know the text before it, and so must who replaces it.
+        let mut asked = request(&gateway, "a question", 60);
+        asked.sampling.presence_penalty = 0.5;
+        let undisturbed = Box::pin(gateway.serve.generate(asked.clone()));
+        let expected = rest(undisturbed, String::new()).await.unwrap().text;
+        assert_ne!(expected, gateway.ask("a question", 60).await.unwrap().text);
         let spare = town.node(5).await;
-        let mut events = Box::pin(gateway.serve.generate(request(&gateway, "a question", 60)));
+        let mut events = Box::pin(gateway.serve.generate(asked));
         let mut text = String::new();
         for _ in 0..10 {
             match events.next().await.unwrap().unwrap() {
@@ -195,12 +200,8 @@ fn request(node: &Node, prompt: &str, tokens_max: u32) -> GenerateRequest {
         epoch: node.epoch,
         prompt: Prompt::Plain(prompt.to_owned()),
         tokens_max: Some(tokens_max),
-        sampling: Sampling {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            seed: 0,
-        },
+        sampling: Sampling::GREEDY,
+        names: false,
         stop: Vec::new(),
         policy: RoutePolicy::default(),
     }
@@ -474,13 +475,15 @@ fn perform(
             session,
             position,
             tokens,
-            ..
+            sample,
+            written,
         } => {
             let (Some(range), Some(past)) = (ranges.get(&stage), pasts.get_mut(&(stage, session))) else {
                 let reason = "no such stage or session".to_owned();
                 return (Answer::Failed { reason }, Bytes::new());
             };
-            return forward(*range, past, position as usize, &tokens, payload);
+            let sampling = sample.unwrap_or(Sampling::GREEDY);
+            return forward(*range, past, position as usize, &tokens, payload, &sampling, &written);
         }
         Task::Encode {
             prompt: Prompt::Plain(text),
@@ -508,6 +511,8 @@ fn forward(
     position: usize,
     tokens: &[u32],
     payload: &[u8],
+    sampling: &Sampling,
+    written: &Written,
 ) -> (Answer, Bytes) {
     if position > past.len() {
         let reason = format!("a gap: {position} after {}", past.len());
@@ -527,9 +532,21 @@ fn forward(
         }
     }
     if range.end == BLOCKS {
-        let token = u32::from_le_bytes(*rows.last().unwrap()) % 1_000;
-        let log_probability = 0.0;
-        (Answer::Sampled { token, log_probability }, Bytes::new())
+        let mut all = rows.last().unwrap().to_vec();
+        if sampling.looks_back() {
+            assert_eq!(written.tokens.len(), past.len());
+            all.extend(written.tokens.iter().flat_map(|token| token.to_le_bytes()));
+            all = digest(&all).0.to_vec();
+        }
+        let likely = |token: u32| Likely {
+            token: token % 1_000,
+            log_probability: -0.5,
+        };
+        let chosen = likely(u32::from_le_bytes([all[0], all[1], all[2], all[3]]));
+        // One more than was asked for.
+        let alternatives = (chosen.token..=chosen.token + u32::from(sampling.alternatives)).map(likely);
+        let alternatives = alternatives.collect();
+        (Answer::Sampled { chosen, alternatives }, Bytes::new())
     } else {
         (Answer::Hidden, Bytes::from(rows.split_off(position).concat()))
     }

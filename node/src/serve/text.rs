@@ -121,6 +121,11 @@ impl Words {
         self.take(&decoded).await
     }
 
+    /// What `token` is by itself.
+    pub(super) async fn alone(&self, token: u32) -> Result<String, ServeError> {
+        self.text.decode(&[token]).await
+    }
+
     /// What is left when no more tokens come.
     pub(super) async fn finish(&mut self) -> Result<String, ServeError> {
         if self.window.len() == self.given {

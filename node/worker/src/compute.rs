@@ -9,7 +9,7 @@ use polder_kernels::stage::{Input, Output, ServeStage, StageError, Want};
 use polder_kernels::text::Tokenizer;
 use polder_kernels::train::{TrainData, TrainError, TrainInput, TrainOutput, TrainStage};
 use polder_protocol::run::Boundary;
-use polder_protocol::work::{Answer, Sampling, StageId, Task};
+use polder_protocol::work::{Answer, Sampling, StageId, Task, Written};
 use tracing::{error, info, warn};
 
 use crate::boundary;
@@ -176,7 +176,11 @@ impl Compute {
                 position,
                 tokens,
                 sample,
-            } => self.forward(stage, session, position, &tokens, sample.as_ref(), payload),
+                written,
+            } => {
+                let choice = sample.map(|sampling| (sampling, written));
+                self.forward(stage, session, position, &tokens, choice.as_ref(), payload)
+            }
             task => self.train(task, payload),
         }
     }
@@ -199,7 +203,7 @@ impl Compute {
         session: u64,
         position: u32,
         tokens: &[u32],
-        sampling: Option<&Sampling>,
+        choice: Option<&(Sampling, Written)>,
         payload: &[u8],
     ) -> Performed {
         let stage = self.serving(stage)?;
@@ -210,21 +214,21 @@ impl Compute {
             hidden = boundary::read(payload, Boundary::F32).ok_or("half a number came as hidden states")?;
             (Input::Hidden(&hidden), hidden.len() / stage.hidden().max(1))
         };
-        let want = if sampling.is_some() {
+        let want = if choice.is_some() {
             Want::LastLogits
         } else {
             Want::AllLogits
         };
-        match (stage.forward(session, position, input, want)?, sampling) {
+        match (stage.forward(session, position, input, want)?, choice) {
             (Output::Hidden(rows), _) => Ok((Answer::Hidden, boundary::write(&rows, Boundary::F32))),
             (Output::Logits(logits), None) => Ok((Answer::Logits, boundary::write(&logits, Boundary::F32))),
-            (Output::Logits(logits), Some(sampling)) => {
+            (Output::Logits(logits), Some((sampling, written))) => {
                 // The token chosen stands behind the rows of this forward.
                 let place = position.saturating_add(u32::try_from(rows).unwrap_or(u32::MAX));
-                let choice = sample(&logits, sampling, place).ok_or("the stage gave no logits")?;
+                let choice = sample(&logits, sampling, written, place).ok_or("the stage gave no logits")?;
                 done(Answer::Sampled {
-                    token: choice.token,
-                    log_probability: choice.log_probability,
+                    chosen: choice.chosen,
+                    alternatives: choice.alternatives,
                 })
             }
         }

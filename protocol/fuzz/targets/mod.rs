@@ -7,8 +7,11 @@ mod stored;
 pub(crate) mod training;
 mod wire;
 
+/// A target.
+type Target = fn(&[u8]);
+
 /// Every target: its name, which is that of its folder in `corpus`, and what it does.
-pub(crate) const ALL: [(&str, fn(&[u8])); 21] = [
+pub(crate) const ALL: [(&str, Target); 21] = [
     ("aggregate_state", stored::aggregate_state),
     ("blob_manifest", stored::blob_manifest),
     ("capabilities", identity::capabilities),

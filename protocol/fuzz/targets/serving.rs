@@ -12,7 +12,7 @@ use polder_protocol::session::{
     SeatInput, SeatRequest, SessionId, ToSeat,
 };
 use polder_protocol::time::{Instant, Span, UnixSeconds};
-use polder_protocol::work::Sampling;
+use polder_protocol::work::{Likely, Sampling};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -69,11 +69,10 @@ pub(crate) fn seat(bytes: &[u8]) {
         range,
         context_tokens_max: CONTEXT_TOKENS,
         sampling: Sampling {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            seed: 0,
+            presence_penalty: 0.5,
+            ..Sampling::GREEDY
         },
+        prompt_tokens: 3,
         end_tokens: vec![3],
     };
     let mut seat = Seat::new(&request, BLOCKS, HIDDEN);
@@ -91,8 +90,11 @@ pub(crate) fn seat(bytes: &[u8]) {
                     SeatInput::Computed(Computed::Hidden(vec![1; rows * HIDDEN as usize * 4]))
                 }
                 Some(_) => SeatInput::Computed(Computed::Token {
-                    token: 5,
-                    log_probability: -1.0,
+                    chosen: Likely {
+                        token: 5,
+                        log_probability: -1.0,
+                    },
+                    alternatives: Vec::new(),
                 }),
                 None => return,
             },
@@ -104,8 +106,10 @@ pub(crate) fn seat(bytes: &[u8]) {
                 position,
                 tokens,
                 payload,
+                written,
             } = effect
             {
+                assert!(written.len() <= CONTEXT_TOKENS as usize);
                 let rows = tokens.len() + payload.len() / (HIDDEN as usize * 4);
                 assert!(computing.is_none(), "one piece at a time");
                 assert!(rows > 0 && position as usize + rows <= CONTEXT_TOKENS as usize);
@@ -134,6 +138,7 @@ pub(crate) fn generation(bytes: &[u8]) {
         context_tokens_max: 64,
         end_tokens: vec![7],
         blocks: BLOCKS,
+        looks_back: true,
     };
     let mut now = Instant(0);
     let mut effects = Vec::new();

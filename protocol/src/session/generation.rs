@@ -10,6 +10,7 @@ use crate::hash::NodeId;
 use crate::layout::BlockRange;
 use crate::route::Hop;
 use crate::time::{Instant, Span};
+use crate::work::Likely;
 
 /// What is to be generated.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +25,8 @@ pub struct Request {
     pub end_tokens: Vec<u32>,
     /// Blocks of the model.
     pub blocks: u32,
+    /// Whether the last stage must know the text before the token that it chooses.
+    pub looks_back: bool,
 }
 
 /// How long to wait for what.
@@ -118,10 +121,10 @@ pub enum Effect {
     },
     /// The next token of the text is certain.
     Emit {
-        /// Its id.
-        token: u32,
-        /// Its natural log-probability before temperature.
-        log_probability: f32,
+        /// Which, and how likely it was.
+        chosen: Likely,
+        /// The likeliest, as the last stage says.
+        alternatives: Vec<Likely>,
     },
     /// The generation has ended. All seats are to be closed.
     Done(Why),
@@ -373,26 +376,26 @@ impl Generation {
             FromSeat::Token {
                 attempt,
                 position,
-                token,
-                log_probability,
+                chosen,
+                alternatives,
             } => {
                 let expected = u32::try_from(self.tokens.len()) == Ok(position);
                 if last && expected && attempt == self.attempt && self.phase == Phase::Running {
-                    self.chose(now, token, log_probability, effects);
+                    self.chose(now, chosen, alternatives, effects);
                 }
             }
             FromSeat::Pong => {}
         }
     }
 
-    fn chose(&mut self, now: Instant, token: u32, log_probability: f32, effects: &mut Vec<Effect>) {
+    fn chose(&mut self, now: Instant, chosen: Likely, alternatives: Vec<Likely>, effects: &mut Vec<Effect>) {
         self.token_at = now;
-        if self.request.end_tokens.contains(&token) {
+        if self.request.end_tokens.contains(&chosen.token) {
             self.end(Why::EndToken, effects);
             return;
         }
-        self.tokens.push(token);
-        effects.push(Effect::Emit { token, log_probability });
+        self.tokens.push(chosen.token);
+        effects.push(Effect::Emit { chosen, alternatives });
         let generated = u32::try_from(self.tokens_generated()).unwrap_or(u32::MAX);
         let total = u32::try_from(self.tokens.len()).unwrap_or(u32::MAX);
         if generated >= self.request.tokens_max || total >= self.request.context_tokens_max {
@@ -457,6 +460,7 @@ impl Generation {
         self.heard_at = now;
         self.asked_at = None;
         let positions = self.positions_certain();
+        self.tell_text(effects);
         let nodes: Vec<(NodeId, SeatId)> = self.seats.iter().map(|seat| (seat.hop.node, seat.id)).collect();
         let previous = nodes.iter().cycle().skip(nodes.len().saturating_sub(1));
         let next = nodes.iter().cycle().skip(1);
@@ -473,6 +477,21 @@ impl Generation {
                 seat: seat.id,
                 message: ToSeat::Wire(wiring),
             });
+        }
+    }
+
+    /// Tells the last seat the text so far, before it is wired: the stream keeps the order, so it knows the text when
+    /// the first hidden states come.
+    fn tell_text(&self, effects: &mut Vec<Effect>) {
+        let Some(seat) = self.seats.last().filter(|_| self.request.looks_back) else {
+            return;
+        };
+        let mut position = 0u32;
+        for chunk in self.tokens.chunks(TOKENS_PER_MESSAGE_MAX) {
+            let tokens = chunk.to_vec();
+            let message = ToSeat::Text { position, tokens };
+            effects.push(Effect::Send { seat: seat.id, message });
+            position = position.saturating_add(u32::try_from(chunk.len()).unwrap_or(u32::MAX));
         }
     }
 

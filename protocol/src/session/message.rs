@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use crate::hash::{EpochId, NodeId};
 use crate::layout::BlockRange;
-use crate::work::Sampling;
+use crate::work::{Likely, Sampling};
 
 /// The longest message, which is also what the header of a data frame holds.
 pub const MESSAGE_BYTES_MAX: usize = 60_000;
@@ -57,6 +57,8 @@ pub struct SeatRequest {
     pub context_tokens_max: u32,
     /// How the last stage chooses.
     pub sampling: Sampling,
+    /// How many tokens of the text are the prompt.
+    pub prompt_tokens: u32,
     /// After these the last stage sends no token to the first.
     pub end_tokens: Vec<u32>,
 }
@@ -79,6 +81,14 @@ pub struct Wiring {
 /// From the gateway to a seat.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum ToSeat {
+    /// To the last seat, before [`ToSeat::Wire`], where its choice looks back: the text from `position` on. It adds the
+    /// tokens that it chooses itself.
+    Text {
+        /// Position of the first.
+        position: u32,
+        /// The ids, at most [`TOKENS_PER_MESSAGE_MAX`].
+        tokens: Vec<u32>,
+    },
     /// Connect anew. Answered with [`FromSeat::Wired`].
     Wire(Wiring),
     /// Send the journal up to `positions` to the next seat, which answers [`FromSeat::Replayed`] when it has it.
@@ -138,10 +148,10 @@ pub enum FromSeat {
         attempt: u32,
         /// Where it stands in the text.
         position: u32,
-        /// Its id.
-        token: u32,
-        /// Its natural log-probability before temperature.
-        log_probability: f32,
+        /// Which, and how likely it was.
+        chosen: Likely,
+        /// The likeliest, as many as were asked for.
+        alternatives: Vec<Likely>,
     },
     /// Still there.
     Pong,

@@ -7,6 +7,7 @@ use alloc::vec::Vec;
 use super::journal::Journal;
 use super::message::{Feed, FromSeat, SeatId, SeatRequest, ToSeat, Wiring, reason};
 use crate::hash::NodeId;
+use crate::work::Likely;
 
 /// Rows that are computed and sent at once. Long prompts flow through the chain in such pieces, so that stages work at
 /// the same time; 256 rows use a matrix product well.
@@ -29,6 +30,9 @@ pub struct Seat {
     position_next: u32,
     pieces: VecDeque<Piece>,
     computing: Option<Piece>,
+    // At the last seat, where its choice looks back; empty elsewhere.
+    text: Vec<u32>,
+    looks_back: bool,
 }
 
 /// What happens to a seat.
@@ -56,10 +60,10 @@ pub enum Computed {
     Hidden(Vec<u8>),
     /// A token, at a stage with the head.
     Token {
-        /// Its id.
-        token: u32,
-        /// Its natural log-probability before temperature.
-        log_probability: f32,
+        /// Which, and how likely it was.
+        chosen: Likely,
+        /// The likeliest, as many as were asked for.
+        alternatives: Vec<Likely>,
     },
 }
 
@@ -74,6 +78,8 @@ pub enum SeatEffect {
         tokens: Vec<u32>,
         /// Hidden states, at any other.
         payload: Vec<u8>,
+        /// The text before the token that is chosen after these rows, as far as this seat was told.
+        written: Vec<u32>,
     },
     /// Tell the gateway.
     Say(FromSeat),
@@ -119,12 +125,15 @@ impl Seat {
             position_next: 0,
             pieces: VecDeque::new(),
             computing: None,
+            text: Vec::new(),
+            looks_back: request.range.has_head(blocks) && request.sampling.looks_back(),
         }
     }
 
     /// Takes one input, and appends what the driver must now do, in order.
     pub fn step(&mut self, input: SeatInput, effects: &mut Vec<SeatEffect>) {
         match input {
+            SeatInput::Told(ToSeat::Text { position, tokens }) => self.learn(position, &tokens),
             SeatInput::Told(ToSeat::Wire(wiring)) => self.wire(wiring, effects),
             SeatInput::Told(ToSeat::Replay { attempt, positions }) => self.replay(attempt, positions, effects),
             SeatInput::Told(ToSeat::Tokens {
@@ -146,6 +155,7 @@ impl Seat {
                 position: piece.position,
                 tokens: piece.tokens.clone(),
                 payload: piece.payload.clone(),
+                written: self.before(piece.position.saturating_add(piece.rows)),
             });
             self.computing = Some(Piece {
                 tokens: Vec::new(),
@@ -153,6 +163,24 @@ impl Seat {
                 ..piece
             });
         }
+    }
+
+    /// Takes the text from `position` on; what would leave a gap, or be longer than the context, is not taken.
+    fn learn(&mut self, position: u32, tokens: &[u32]) {
+        let position = usize::try_from(position).unwrap_or(usize::MAX);
+        let limit = usize::try_from(self.context_tokens_max).unwrap_or(usize::MAX);
+        let end = position.saturating_add(tokens.len());
+        if self.looks_back && position <= self.text.len() && end <= limit.saturating_add(1) {
+            self.text.truncate(position);
+            self.text.extend_from_slice(tokens);
+        }
+    }
+
+    /// The text before `position`.
+    fn before(&self, position: u32) -> Vec<u32> {
+        let position = usize::try_from(position).unwrap_or(usize::MAX);
+        let known = self.text.get(..position).unwrap_or(&self.text);
+        known.to_vec()
     }
 
     fn wire(&mut self, wiring: Wiring, effects: &mut Vec<SeatEffect>) {
@@ -296,15 +324,10 @@ impl Seat {
                     });
                 }
             }
-            Computed::Token { token, log_probability } if self.has_head => {
+            Computed::Token { chosen, alternatives } if self.has_head => {
                 if !more && !replay {
-                    self.chose(
-                        wiring,
-                        piece.position.saturating_add(piece.rows),
-                        token,
-                        log_probability,
-                        effects,
-                    );
+                    let position = piece.position.saturating_add(piece.rows);
+                    self.chose(wiring, position, chosen, alternatives, effects);
                 }
             }
             Computed::Hidden(_) | Computed::Token { .. } => {
@@ -321,11 +344,12 @@ impl Seat {
         &mut self,
         wiring: Wiring,
         position: u32,
-        token: u32,
-        log_probability: f32,
+        chosen: Likely,
+        alternatives: Vec<Likely>,
         effects: &mut Vec<SeatEffect>,
     ) {
-        let attempt = wiring.attempt;
+        let (attempt, token) = (wiring.attempt, chosen.token);
+        self.learn(position, &[token]);
         let feed = Feed::Token {
             attempt,
             position,
@@ -346,8 +370,8 @@ impl Seat {
         effects.push(SeatEffect::Say(FromSeat::Token {
             attempt,
             position,
-            token,
-            log_probability,
+            chosen,
+            alternatives,
         }));
     }
 

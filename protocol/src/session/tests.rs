@@ -12,7 +12,7 @@ use crate::layout::BlockRange;
 use crate::rng::Random;
 use crate::route::{self, Hop, Offer, RoutePolicy};
 use crate::time::{Instant, Span};
-use crate::work::Sampling;
+use crate::work::{Likely, Sampling};
 
 const BLOCKS: u32 = 6;
 const NEW_TOKENS: u32 = 24;
@@ -34,6 +34,7 @@ fn a_prompt_longer_than_the_context_is_refused_at_once() {
         context_tokens_max: 10,
         end_tokens: Vec::new(),
         blocks: 2,
+        looks_back: false,
     };
     Generation::begin(Instant(0), request, Limits::default(), &mut effects);
     assert!(matches!(&effects[..], [Effect::Done(Why::GaveUp { reason })] if reason.contains("10 tokens")));
@@ -133,6 +134,7 @@ impl World {
             context_tokens_max: 64,
             end_tokens: Vec::new(),
             blocks: BLOCKS,
+            looks_back: true,
         };
         let mut effects = Vec::new();
         let mut gateway = Generation::begin(self.now, request, Limits::default(), &mut effects);
@@ -211,11 +213,10 @@ impl World {
                         range,
                         context_tokens_max: 64,
                         sampling: Sampling {
-                            temperature: 0.0,
-                            top_k: 0,
-                            top_p: 1.0,
-                            seed: 0,
+                            presence_penalty: 0.5,
+                            ..Sampling::GREEDY
                         },
+                        prompt_tokens: 0,
                         end_tokens: Vec::new(),
                     };
                     self.post(GATEWAY, node, 0, Mail::Open(request));
@@ -229,7 +230,7 @@ impl World {
                     self.homes.remove(&seat);
                     self.seats.retain(|(_, id), _| *id != seat);
                 }
-                Effect::Emit { token, .. } => self.text.push(token),
+                Effect::Emit { chosen, .. } => self.text.push(chosen.token),
                 Effect::Done(why) => self.done = Some(why),
             }
         }
@@ -277,7 +278,11 @@ impl World {
                     position,
                     tokens,
                     payload,
-                } => posts.push((to, 1, Mail::Computed(seat, fake.compute(position, &tokens, &payload)))),
+                    written,
+                } => {
+                    let computed = fake.compute(position, &tokens, &payload, &written);
+                    posts.push((to, 1, Mail::Computed(seat, computed)));
+                }
                 SeatEffect::Say(message) => posts.push((GATEWAY, 0, Mail::Said(seat, message))),
                 SeatEffect::Feed {
                     to,
@@ -295,8 +300,8 @@ impl World {
 }
 
 impl Fake {
-    /// Each block turns a row into a hash of it and of all rows before it.
-    fn compute(&mut self, position: u32, tokens: &[u32], payload: &[u8]) -> Computed {
+    /// Each block turns a row into a hash of it and of all rows before it. The token also depends on the whole text.
+    fn compute(&mut self, position: u32, tokens: &[u32], payload: &[u8], written: &[u32]) -> Computed {
         let position = usize::try_from(position).unwrap();
         assert!(position <= self.past.len(), "a gap in the cache");
         self.past.truncate(position);
@@ -317,9 +322,15 @@ impl Fake {
         });
         let outputs: Vec<[u8; 4]> = outputs.collect();
         if self.range.end == BLOCKS {
+            let mut all = outputs.last().unwrap().to_vec();
+            all.extend(written.iter().flat_map(|token| token.to_le_bytes()));
+            let [a, b, c, d, ..] = digest(&all).0;
             Computed::Token {
-                token: u32::from_le_bytes(*outputs.last().unwrap()) % 1000,
-                log_probability: 0.0,
+                chosen: Likely {
+                    token: u32::from_le_bytes([a, b, c, d]) % 1000,
+                    log_probability: 0.0,
+                },
+                alternatives: Vec::new(),
             }
         } else {
             Computed::Hidden(outputs.concat())
