@@ -4,13 +4,14 @@
 //! turn; medians are printed, and ratios of medians. CPU time still means something on a busy machine, but a thread that
 //! spins while it waits for another counts too, so `--threads 1` compares the work itself.
 //!
-//! Options: `--rounds N` (3), `--steps N` (5), `--threads N` (2), `--only NAME`.
+//! Options: `--rounds N` (3), `--steps N` (5), `--threads N` (2), `--only NAME`, and `--kept N` (0) blocks that keep what
+//! their backward needs in the second row; in the first all do.
 
 use std::process::Command;
 use std::time::Instant;
 
 use polder_kernels::device::Device;
-use polder_kernels::train::{Keep, TrainData, TrainStage, initial_parameters};
+use polder_kernels::train::{TrainData, TrainStage, initial_parameters};
 use polder_protocol::layout::BlockRange;
 use polder_protocol::run::Inner;
 use serde_json::{Value, json};
@@ -69,21 +70,10 @@ fn main() {
     };
     let number = |name: &str, default: u32| option(name).map_or(default, |text| text.parse().expect("a number"));
     let (rounds, steps, threads) = (number("--rounds", 3), number("--steps", 5), number("--threads", 2));
+    let kept = number("--kept", 0);
     if let Some(name) = option("--own") {
-        let keep = option("--keep").unwrap_or_default();
         let shape = SHAPES.into_iter().find(|shape| shape.name == name).expect("a shape");
-        println!(
-            "{}",
-            own(
-                &shape,
-                steps,
-                if keep == "inputs" {
-                    Keep::Inputs
-                } else {
-                    Keep::Activations
-                }
-            )
-        );
+        println!("{}", own(&shape, steps, kept));
         return;
     }
     let only = option("--only");
@@ -92,17 +82,18 @@ fn main() {
         .iter()
         .filter(|shape| only.as_deref().is_none_or(|only| only == shape.name))
     {
-        compare(shape, rounds, steps, threads, python.as_deref());
+        compare(shape, [rounds, steps, threads, kept], python.as_deref());
     }
 }
 
-fn compare(shape: &Shape, rounds: u32, steps: u32, threads: u32, python: Option<&str>) {
+fn compare(shape: &Shape, [rounds, steps, threads, kept]: [u32; 4], python: Option<&str>) {
     println!(
         "{}, batch {} × {}, {threads} threads",
         shape.name, shape.batch, shape.seq
     );
     let this = std::env::current_exe().expect("this program");
-    let mut names = vec!["polder", "polder, blocks computed again"];
+    let again = format!("polder, {} blocks again", shape.blocks.saturating_sub(kept));
+    let mut names = vec!["polder", &again];
     names.extend(python.map(|_| "PyTorch eager, SDPA"));
     let mut measured: Vec<Vec<Value>> = vec![Vec::new(); names.len()];
     for _ in 0..rounds {
@@ -111,8 +102,8 @@ fn compare(shape: &Shape, rounds: u32, steps: u32, threads: u32, python: Option<
                 (2, Some(python)) => pytorch(python, shape, steps, threads),
                 _ => {
                     let mut command = Command::new(&this);
-                    let keep = if index == 0 { "activations" } else { "inputs" };
-                    command.args(["--own", shape.name, "--keep", keep, "--steps", &steps.to_string()]);
+                    let kept = [shape.blocks, kept][index].to_string();
+                    command.args(["--own", shape.name, "--kept", &kept, "--steps", &steps.to_string()]);
                     command
                 }
             };
@@ -183,7 +174,7 @@ fn pytorch(python: &str, shape: &Shape, steps: u32, threads: u32) -> Command {
     command
 }
 
-fn own(shape: &Shape, steps: u32, keep: Keep) -> Value {
+fn own(shape: &Shape, steps: u32, blocks_kept: u32) -> Value {
     let Shape {
         vocabulary,
         hidden,
@@ -221,16 +212,16 @@ fn own(shape: &Shape, steps: u32, keep: Keep) -> Value {
     let count = layout.elements();
     let range = BlockRange::whole(blocks);
     let mut stage = TrainStage::new(&config, range, parameters, inner, 1_000, &Device::cpu()).expect("a valid stage");
-    stage.set_keep(keep);
+    stage.set_blocks_kept(blocks_kept);
     let mut data = TrainData::new();
     let tokens = (0..100_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 16) % vocabulary);
     data.add(&tokens.collect::<Vec<u32>>());
     let (mut wall, mut cpu, mut loss) = (Vec::new(), Vec::new(), 0.0);
-    for step in 0..u64::from(steps) + 2 {
+    for step in 0..=u64::from(steps) {
         let (start, cpu_start) = (Instant::now(), cpu_seconds());
         let stepped = stage.steps(&data, step, 1, &[1]).expect("a step");
-        // The first two warm up.
-        if step >= 2 {
+        // The first one warms up.
+        if step > 0 {
             wall.push(start.elapsed().as_secs_f64());
             cpu.push(cpu_seconds() - cpu_start);
         }

@@ -6,6 +6,7 @@
 
 #[cfg(feature = "gpu")]
 mod graphics;
+pub(crate) mod memory;
 
 use std::fmt;
 use std::str::FromStr;

@@ -1,10 +1,11 @@
 //! What computes a stage in training: plain loops on the CPU where they know the model, else a graph of tensors.
 
 use polder_protocol::layout::{BlockRange, Layout};
+use polder_protocol::run::Inner;
 
 use super::graph::Loads;
-use super::{Keep, TrainError, cpu, graph};
-use crate::device::Device;
+use super::{MICRO_BATCHES_KEPT_MAX, TrainError, cpu, graph};
+use crate::device::{Device, memory};
 use crate::model::Config;
 
 /// A stage's model.
@@ -100,11 +101,11 @@ impl Engine {
         &mut self,
         model: Model<'_>,
         input: &Input<'_>,
-        keep: Keep,
+        blocks_kept: u32,
     ) -> Result<(Vec<f32>, Kept), TrainError> {
         match self {
             Self::Cpu(engine) => {
-                let (output, kept) = engine.forward(model, input, keep)?;
+                let (output, kept) = engine.forward(model, input, blocks_kept)?;
                 Ok((output, Kept::Cpu(kept)))
             }
             Self::Graph(engine) => {
@@ -120,12 +121,12 @@ impl Engine {
         model: Model<'_>,
         input: &Input<'_>,
         targets: &[u32],
-        keep: Keep,
+        blocks_kept: u32,
         gradients: &mut [Vec<f32>],
     ) -> Result<(f32, Vec<f32>), TrainError> {
         match self {
             Self::Cpu(engine) => {
-                let (mut x, kept) = engine.forward(model, input, keep)?;
+                let (mut x, kept) = engine.forward(model, input, blocks_kept)?;
                 let loss = engine.mean_loss(model, &mut x, targets, gradients)?;
                 Ok((loss, engine.backward(model, kept, x, gradients)))
             }
@@ -174,5 +175,55 @@ impl Engine {
             Self::Cpu(_) => Loads::new(),
             Self::Graph(engine) => engine.take_loads(),
         }
+    }
+}
+
+/// How many blocks of a stage may keep what their backward needs, by the memory that is free now.
+pub(super) fn blocks_that_fit(
+    config: &Config,
+    range: BlockRange,
+    parameters: &[Vec<f32>],
+    inner: &Inner,
+    device: &Device,
+) -> u32 {
+    let Some(free) = memory::free_bytes().filter(|_| device.is_cpu()) else {
+        return u32::MAX;
+    };
+    // Without the head several micro-batches are under way.
+    let under_way = match range.has_head(config.blocks) {
+        true => 1,
+        false => u64::from(inner.micro_batches).clamp(1, MICRO_BATCHES_KEPT_MAX as u64),
+    };
+    let rows = (u64::from(inner.batch) * u64::from(inner.seq)).saturating_mul(under_way);
+    let kept = cpu::kept_elements(config, range).saturating_mul(4).saturating_mul(rows);
+    let elements: u64 = parameters.iter().map(|part| part.len() as u64).sum();
+    share(free, elements.saturating_mul(12), kept)
+}
+
+/// Half of what is left of `free` bytes after moments and gradients, which are made later, by what a block keeps.
+fn share(free: u64, later: u64, kept: u64) -> u32 {
+    u32::try_from(free.saturating_sub(later) / 2 / kept.max(1)).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stage_keeps_what_half_of_the_free_memory_holds() {
+        assert_eq!(share(1_000, 200, 100), 4);
+        assert_eq!(share(100, 200, 100), 0);
+        assert_eq!(share(u64::MAX, 0, 0), u32::MAX);
+    }
+
+    #[test]
+    fn gradients_are_forgotten_and_summed_anew() {
+        let mut gradients = GradientSums::default();
+        assert!(gradients.made().is_none());
+        gradients.of(&[vec![1.0; 3]])[0].fill(2.0);
+        assert_eq!(gradients.of(&[vec![1.0; 3]])[0], [2.0; 3]);
+        gradients.forget();
+        assert!(gradients.made().is_none() && gradients.made_mut().is_none());
+        assert_eq!(gradients.of(&[vec![1.0; 3]])[0], [0.0; 3]);
     }
 }

@@ -27,7 +27,7 @@ pub use goldfish::Goldfish;
 pub use initial::initial_parameters;
 pub use muon::Muon;
 pub use optimiser::learning_rate;
-pub use stage::{Keep, MICRO_BATCHES_KEPT_MAX, Stepped, TrainInput, TrainOutput, TrainStage};
+pub use stage::{MICRO_BATCHES_KEPT_MAX, Stepped, TrainInput, TrainOutput, TrainStage};
 
 #[cfg(test)]
 mod tests {

@@ -8,7 +8,7 @@ use polder_protocol::run::Inner;
 
 use super::balance::{BALANCE_RATE, balance};
 use super::checks::{check_sizes, checked_layout, finite, read_parts};
-use super::engine::{Engine, GradientSums, Input, Kept, Model};
+use super::engine::{self, Engine, GradientSums, Input, Kept, Model};
 use super::optimiser::{Moments, Step, learning_rate, square_sum};
 use super::{TrainData, TrainError, files, limits};
 use crate::device::Device;
@@ -48,18 +48,6 @@ pub enum TrainOutput {
     },
 }
 
-/// What a stage keeps of a micro-batch for its backward.
-///
-/// It changes memory and time, and not a bit of the results. Models that are computed as a graph keep everything.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Keep {
-    /// What was computed on the way.
-    #[default]
-    Activations,
-    /// The input of each block; the backward computes the rest again, a third more work.
-    Inputs,
-}
-
 /// What inner steps came to.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Stepped {
@@ -80,7 +68,8 @@ pub struct TrainStage {
     inner: Inner,
     steps_total: u64,
     engine: Engine,
-    keep: Keep,
+    /// The last blocks of the stage that keep what their backward needs.
+    blocks_kept: u32,
     /// One tensor at most.
     buffer_bytes_max: u64,
     /// Per part of `range`, as all vectors below.
@@ -131,7 +120,7 @@ impl TrainStage {
         Ok(Self {
             moments: parameters.iter().map(|part| Moments::new(part.len())).collect(),
             engine: Engine::new(&config, &layout, range, device),
-            keep: Keep::default(),
+            blocks_kept: engine::blocks_that_fit(&config, range, &parameters, &inner, device),
             buffer_bytes_max: device.buffer_bytes_max(),
             config,
             layout,
@@ -145,9 +134,13 @@ impl TrainStage {
         })
     }
 
-    /// Chooses what is kept of micro-batches from now on.
-    pub fn set_keep(&mut self, keep: Keep) {
-        self.keep = keep;
+    /// Lets the last `blocks` of the stage keep what their backward needs, from the next micro-batch on. The others keep
+    /// their input and compute the rest again: less memory and more time, and not a bit of difference.
+    ///
+    /// Unless it is told otherwise, a stage on the CPU keeps as many as half of the memory that is free when it is
+    /// loaded has room for. Models that are computed as a graph of tensors keep everything.
+    pub fn set_blocks_kept(&mut self, blocks: u32) {
+        self.blocks_kept = blocks;
     }
 
     /// Width of the activations.
@@ -277,12 +270,14 @@ impl TrainStage {
             seq: input.seq as usize,
         };
         if !has_head {
-            let (values, kept) = self.engine.forward(model, &input, self.keep)?;
+            let (values, kept) = self.engine.forward(model, &input, self.blocks_kept)?;
             self.kept.insert(micro_batch, kept);
             return Ok(TrainOutput::Hidden(values));
         }
         let sums = self.gradients.of(&self.parameters);
-        let (loss, input_gradient) = self.engine.train(model, &input, &checked.targets, self.keep, sums)?;
+        let (loss, input_gradient) = self
+            .engine
+            .train(model, &input, &checked.targets, self.blocks_kept, sums)?;
         Ok(TrainOutput::Loss { loss, input_gradient })
     }
 

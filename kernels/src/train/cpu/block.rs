@@ -48,6 +48,14 @@ impl Kept {
     }
 }
 
+/// What a sublayer is computed for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Output,
+    /// What its backward needs, alone.
+    Kept,
+}
+
 /// Whether sublayers of this kind are computed here.
 pub(super) fn covers(mixer: &Mixer) -> bool {
     match mixer {
@@ -57,13 +65,36 @@ pub(super) fn covers(mixer: &Mixer) -> bool {
     }
 }
 
+/// Elements of one row of a [`Kept`].
+pub(super) fn kept_elements(sublayer: &Sublayer) -> usize {
+    let hidden = sublayer.norm.width;
+    let mixer = match &sublayer.mixer {
+        Mixer::Attention(shape) => (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim + shape.heads,
+        Mixer::Mlp(mlp) => mlp.up.rows * inputs(mlp).len(),
+        Mixer::Latent(_) | Mixer::Experts(_) | Mixer::Mamba(_) => 0,
+    };
+    hidden + mixer + if sublayer.after.is_some() { hidden } else { 0 }
+}
+
 impl Loadable<'_> {
     /// Moves rows `[rows, hidden]` through the block, in place.
     pub(super) fn forward(self, x: &mut [f32], pool: &mut Pool, mut keep: impl FnMut(Kept, &mut Pool)) {
         for sublayer in &self.block.0 {
-            let kept = self.sublayer(sublayer, x, pool);
+            let kept = self.sublayer(sublayer, x, Wanted::Output, pool);
             keep(kept, pool);
         }
+    }
+
+    /// What the backward needs, from the block's input; the block's output is not computed.
+    pub(super) fn again(self, mut x: Vec<f32>, pool: &mut Pool) -> Vec<Kept> {
+        let last = self.block.0.len().saturating_sub(1);
+        let mut all = Vec::new();
+        for (index, sublayer) in self.block.0.iter().enumerate() {
+            let wanted = if index == last { Wanted::Kept } else { Wanted::Output };
+            all.push(self.sublayer(sublayer, &mut x, wanted, pool));
+        }
+        pool.give(x);
+        all
     }
 
     /// Turns the gradient of the block's output into that of its input, and adds those of its parameters.
@@ -73,7 +104,9 @@ impl Loadable<'_> {
         }
     }
 
-    fn sublayer(self, sublayer: &Sublayer, x: &mut [f32], pool: &mut Pool) -> Kept {
+    fn sublayer(self, sublayer: &Sublayer, x: &mut [f32], wanted: Wanted, pool: &mut Pool) -> Kept {
+        // A norm at the end is asked for its input again.
+        let outs = wanted == Wanted::Output || sublayer.after.is_some();
         let kept = pool.copy(x);
         let mut normed = pool.take(x.len());
         let norm = Loaded::new(&sublayer.norm, self.weights);
@@ -91,18 +124,24 @@ impl Loadable<'_> {
                     &normed,
                 );
                 let kept = attend.forward(qkv, pool);
-                let out = self.add_out(sublayer, &shape.o, &kept.mixed, x, pool);
+                let out = match outs {
+                    true => self.add_out(sublayer, &shape.o, &kept.mixed, x, pool),
+                    false => None,
+                };
                 (KeptMixer::Attention(kept), out)
             }
             Mixer::Mlp(mlp) => {
                 let inputs = inputs(mlp);
                 let mut inner = pool.take(rows * mlp.up.rows * inputs.len());
                 linear::forward(&mut inner, Mode::Write, self.weights, &inputs, &normed);
-                let mut active = pool.take(rows * mlp.up.rows);
-                let curve = Curve::new(mlp.activation, self.weights);
-                curve.forward(&mut active, &inner, mlp.up.rows, mlp.gate.is_some());
-                let out = self.add_out(sublayer, &mlp.down, &active, x, pool);
-                pool.give(active);
+                let mut out = None;
+                if outs {
+                    let mut active = pool.take(rows * mlp.up.rows);
+                    let curve = Curve::new(mlp.activation, self.weights);
+                    curve.forward(&mut active, &inner, mlp.up.rows, mlp.gate.is_some());
+                    out = self.add_out(sublayer, &mlp.down, &active, x, pool);
+                    pool.give(active);
+                }
                 (KeptMixer::Mlp(inner), out)
             }
             other => unreachable!("{other:?} is computed elsewhere"),

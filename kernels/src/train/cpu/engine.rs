@@ -9,13 +9,24 @@ use super::rotation::Rotations;
 use super::slots::{Slots, Weights};
 use crate::model::Config;
 use crate::model::describe::Slot;
+use crate::train::TrainError;
 use crate::train::engine::{Input, Model};
-use crate::train::{Keep, TrainError};
 
 /// Whether all of a model is computed here. It is asked of whole models, so that all their stages agree.
 pub(in crate::train) fn covers(config: &Config) -> bool {
     let mut sublayers = config.description.iter().flat_map(|block| &block.0);
     sublayers.all(|sublayer| block::covers(&sublayer.mixer))
+}
+
+/// What the largest block of `range` keeps of each row, in elements.
+pub(in crate::train) fn kept_elements(config: &Config, range: BlockRange) -> u64 {
+    let blocks = config
+        .description
+        .iter()
+        .take(range.end as usize)
+        .skip(range.first as usize);
+    let elements = blocks.map(|block| block.0.iter().map(block::kept_elements).sum::<usize>());
+    elements.max().unwrap_or(0) as u64
 }
 
 /// What a stage keeps besides its parameters.
@@ -56,25 +67,23 @@ impl Engine {
         &mut self,
         model: Model<'_>,
         input: &Input<'_>,
-        keep: Keep,
+        blocks_kept: u32,
     ) -> Result<(Vec<f32>, Kept), TrainError> {
         let mut x = self.enter(model, input)?;
         let mut kept = Vec::new();
         let Self { slots, rotations, pool } = self;
         let rotations = fit(rotations, model.config, input.seq);
-        for block in blocks(model, slots, rotations) {
-            kept.push(match keep {
-                Keep::Activations => {
-                    let mut sublayers = Vec::new();
-                    block.forward(&mut x, pool, |kept, _| sublayers.push(kept));
-                    KeptBlock::All(sublayers)
-                }
-                Keep::Inputs => {
-                    let input = pool.copy(&x);
-                    block.forward(&mut x, pool, block::Kept::give);
-                    KeptBlock::Input(input)
-                }
-            });
+        // The backward begins at the end, and what it has done with is there for what must be computed again.
+        let again = (model.range.end - model.range.first).saturating_sub(blocks_kept) as usize;
+        for (index, block) in blocks(model, slots, rotations).enumerate() {
+            if index < again {
+                kept.push(KeptBlock::Input(pool.copy(&x)));
+                block.forward(&mut x, pool, block::Kept::give);
+                continue;
+            }
+            let mut sublayers = Vec::new();
+            block.forward(&mut x, pool, |kept, _| sublayers.push(kept));
+            kept.push(KeptBlock::All(sublayers));
         }
         let kept = Kept {
             blocks: kept,
@@ -137,12 +146,7 @@ impl Engine {
         while let Some(((block, gradients), kept)) = parts.pop() {
             let kept = match kept {
                 KeptBlock::All(kept) => kept,
-                KeptBlock::Input(mut x) => {
-                    let mut sublayers = Vec::new();
-                    block.forward(&mut x, pool, |kept, _| sublayers.push(kept));
-                    pool.give(x);
-                    sublayers
-                }
+                KeptBlock::Input(x) => block.again(x, pool),
             };
             block.backward(kept, &mut gradient, gradients, pool);
         }

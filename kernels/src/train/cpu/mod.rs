@@ -16,4 +16,4 @@ mod rotation;
 mod slots;
 mod softmax;
 
-pub(super) use engine::{Engine, Kept, covers};
+pub(super) use engine::{Engine, Kept, covers, kept_elements};
