@@ -8,6 +8,7 @@ pub mod model;
 pub mod quant;
 pub mod sample;
 pub mod stage;
+mod team;
 pub mod text;
 pub mod train;
 pub mod verify;

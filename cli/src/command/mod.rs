@@ -1,6 +1,7 @@
 //! The verbs. Each is a module with its arguments and one function `run(&Context, Arguments)`.
 
 mod ask;
+mod bench;
 mod charter;
 mod chat;
 mod completions;
@@ -51,6 +52,8 @@ pub(crate) enum Command {
     /// Own the device and compute for the daemon that started this process
     #[command(hide = true)]
     Worker(worker::Arguments),
+    /// Measure how fast this machine is
+    Bench(bench::Arguments),
     /// Bring in, list, show and verify models
     Model(model::Arguments),
 }
@@ -73,6 +76,7 @@ pub(crate) fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Status => status::run(context),
         Command::Completions(arguments) => completions::run(context, arguments),
         Command::Worker(_) => anyhow::bail!("the worker is started before there is a home"),
+        Command::Bench(arguments) => bench::run(context, arguments),
         Command::Model(arguments) => model::run(context, arguments),
     }
 }

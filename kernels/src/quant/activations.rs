@@ -10,6 +10,8 @@ pub(super) struct Activations {
     scales: Vec<f32>,
     /// Per unit, the scale times the sum of its quants: what a weight block's minimum is multiplied by.
     sums: Vec<f32>,
+    /// Per unit, −128 times the sum of its quants: what weights that are kept 128 above their values give too much.
+    offsets: Vec<i32>,
 }
 
 /// One row of [`Activations`].
@@ -25,21 +27,40 @@ impl Activations {
     /// scale NaN, so that a broken activation is seen in the output and not rounded away.
     pub(super) fn round(x: &[f32], cols: usize) -> Self {
         let units = x.len() / UNIT;
-        let mut quants = vec![0; x.len()];
-        let mut scales = Vec::with_capacity(units);
-        let mut sums = Vec::with_capacity(units);
-        for (values, quants) in x.as_chunks().0.iter().zip(quants.as_chunks_mut().0) {
-            let scale = round_unit(values, quants);
-            let sum: i32 = quants.iter().map(|quant| i32::from(*quant)).sum();
-            scales.push(scale);
-            sums.push(scale * sum as f32);
-        }
-        Self {
+        let mut rounded = Self {
             cols,
-            quants,
-            scales,
-            sums,
-        }
+            quants: vec![0; x.len()],
+            scales: vec![0.0; units],
+            sums: vec![0.0; units],
+            offsets: vec![0; units],
+        };
+        round_units(x, &mut rounded);
+        rounded
+    }
+
+    /// Units of a row.
+    pub(super) const fn units(&self) -> usize {
+        self.cols / UNIT
+    }
+
+    /// The quants of the rows from `row` on.
+    pub(super) fn quants_from(&self, row: usize) -> *const i8 {
+        self.quants[row * self.cols..].as_ptr()
+    }
+
+    /// The scales of the rows from `row` on.
+    pub(super) fn scales_from(&self, row: usize) -> *const f32 {
+        self.scales[row * self.units()..].as_ptr()
+    }
+
+    /// The scaled sums of the rows from `row` on.
+    pub(super) fn sums_from(&self, row: usize) -> *const f32 {
+        self.sums[row * self.units()..].as_ptr()
+    }
+
+    /// −128 times the sums of the rows from `row` on.
+    pub(super) fn offsets_from(&self, row: usize) -> *const i32 {
+        self.offsets[row * self.units()..].as_ptr()
     }
 
     /// What rounding took from `x`, the rows that were rounded. Where a unit's scale is not finite, nothing is left.
@@ -65,6 +86,50 @@ impl Activations {
     }
 }
 
+/// Rounds all units with the widest instructions that are there; they give the same bits.
+fn round_units(x: &[f32], rounded: &mut Activations) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+        fn wide(x: &[f32], rounded: &mut Activations) {
+            round_all(x, rounded);
+        }
+        #[target_feature(enable = "avx2")]
+        fn narrow(x: &[f32], rounded: &mut Activations) {
+            round_all(x, rounded);
+        }
+        if is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512dq")
+        {
+            // SAFETY: the processor has these; AVX-512F comes with each of them.
+            return unsafe { wide(x, rounded) };
+        }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has AVX2.
+            return unsafe { narrow(x, rounded) };
+        }
+    }
+    round_all(x, rounded);
+}
+
+#[inline(always)]
+fn round_all(x: &[f32], rounded: &mut Activations) {
+    let units = x.as_chunks().0.iter().zip(rounded.quants.as_chunks_mut().0);
+    let numbers = rounded
+        .scales
+        .iter_mut()
+        .zip(&mut rounded.sums)
+        .zip(&mut rounded.offsets);
+    for ((values, quants), ((scale, sum), offset)) in units.zip(numbers) {
+        *scale = round_unit(values, quants);
+        let whole: i32 = quants.iter().map(|quant| i32::from(*quant)).sum();
+        *sum = *scale * whole as f32;
+        *offset = -128 * whole;
+    }
+}
+
+#[inline(always)]
 fn round_unit(values: &[f32; UNIT], quants: &mut [i8; UNIT]) -> f32 {
     // Below this the inverse scale is no longer finite; such activations are nothing beside any other.
     const LARGEST_MIN: f32 = 1e-30;

@@ -2,19 +2,21 @@
 
 use std::fmt;
 use std::ops::{Deref, Range};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use memmap2::Mmap;
 use rayon::prelude::*;
 
 use super::activations::Activations;
 use super::dot::{Path, multiply_float_rows, multiply_rows};
+use super::interleaved::{Factor, Interleaved, Kind, Out};
 use super::{PackedType, QuantError, widen};
+use crate::team;
 
-/// Multiplications below which a product stays on one thread: waking another takes about as long as this many.
-const PARALLEL_PRODUCTS_MIN: usize = 200_000;
+/// Multiplications below which a product stays on one thread: telling another takes about as long as this many.
+const PARALLEL_PRODUCTS_MIN: usize = 50_000;
 /// Pieces per thread, so that a thread that the system interrupts does not hold up the rest.
-const PIECES_PER_THREAD: usize = 3;
+const PIECES_PER_THREAD: usize = 4;
 
 /// Bytes of a mapped file, or bytes in memory. Cloning shares them.
 #[derive(Clone)]
@@ -91,7 +93,12 @@ pub struct PackedMatrix {
     cols: usize,
     row_bytes: usize,
     bytes: PackedBytes,
+    /// The rows side by side, from the first product on; see [`super::interleaved`]. Clones share them.
+    interleaved: Arc<OnceLock<Interleaved>>,
 }
+
+/// One product of several that share an input: a weight, and where its outputs `[n, rows]` go.
+pub type Product<'a> = (&'a PackedMatrix, &'a mut [f32]);
 
 impl PackedMatrix {
     /// Checks that `bytes` are `rows` rows of `cols` elements.
@@ -117,6 +124,7 @@ impl PackedMatrix {
             cols,
             row_bytes,
             bytes,
+            interleaved: Arc::default(),
         })
     }
 
@@ -132,6 +140,7 @@ impl PackedMatrix {
             cols: self.cols,
             row_bytes: self.row_bytes,
             bytes,
+            interleaved: Arc::default(),
         })
     }
 
@@ -217,15 +226,64 @@ impl PackedMatrix {
         widen(self.ty, bytes, out).expect("the constructor checked the length of rows");
     }
 
+    /// [`PackedMatrix::multiply`] for several weights of one input, in one go: activations are rounded once, and threads
+    /// meet once.
+    ///
+    /// # Panics
+    ///
+    /// When `x` or an `out` is of another size.
+    pub fn multiply_together(x: &[f32], n: usize, products: &mut [Product<'_>]) {
+        Self::together_by(Path::best(), x, n, products);
+    }
+
     fn multiply_by(&self, path: Path, x: &[f32], n: usize, out: &mut [f32]) {
-        assert_eq!(Some(x.len()), n.checked_mul(self.cols), "x is [{n}, {}]", self.cols);
-        assert_eq!(Some(out.len()), n.checked_mul(self.rows), "out is [{n}, {}]", self.rows);
-        if out.is_empty() || self.cols == 0 {
-            out.fill(0.0);
-            return;
+        Self::together_by(path, x, n, &mut [(self, out)]);
+    }
+
+    fn together_by(path: Path, x: &[f32], n: usize, products: &mut [Product<'_>]) {
+        let mut rounded: Option<Activations> = None;
+        let mut jobs = Vec::with_capacity(products.len());
+        let mut multiplications = 0;
+        for (matrix, out) in products.iter_mut() {
+            let Self { rows, cols, .. } = **matrix;
+            assert_eq!(Some(x.len()), n.checked_mul(cols), "x is [{n}, {cols}]");
+            assert_eq!(Some(out.len()), n.checked_mul(rows), "out is [{n}, {rows}]");
+            if out.is_empty() || cols == 0 {
+                out.fill(0.0);
+                continue;
+            }
+            if !matrix.ty.is_float() && rounded.is_none() {
+                rounded = Some(Activations::round(x, cols));
+            }
+            match matrix.interleaved() {
+                Some(weights) => {
+                    multiplications += n * rows * cols;
+                    let start = out.as_mut_ptr();
+                    jobs.push((weights, Out { start, rows }));
+                }
+                None => matrix.row_by_row(path, x, rounded.as_ref(), n, out),
+            }
         }
-        let activations = (!self.ty.is_float()).then(|| Activations::round(x, self.cols));
-        let piece = |rows: &[u8], out: &mut [f32]| match &activations {
+        let factor = Factor {
+            rounded: rounded.as_ref(),
+            floats: x,
+        };
+        strips(path, &jobs, factor, n, multiplications);
+    }
+
+    /// The rows side by side; `None` where this type is multiplied as it lies.
+    fn interleaved(&self) -> Option<&Interleaved> {
+        Kind::of(self.ty)?;
+        let laid = self.interleaved.get_or_init(|| {
+            let laid = Interleaved::new(self.ty, self.rows, self.cols, &self.bytes);
+            laid.expect("the constructor checked the length")
+                .expect("the type has a kind")
+        });
+        Some(laid)
+    }
+
+    fn row_by_row(&self, path: Path, x: &[f32], rounded: Option<&Activations>, n: usize, out: &mut [f32]) {
+        let piece = |rows: &[u8], out: &mut [f32]| match rounded.filter(|_| !self.ty.is_float()) {
             Some(activations) => multiply_rows(path, self.ty, rows, self.row_bytes, activations, n, out),
             None => multiply_float_rows(path, self.ty, rows, self.row_bytes, x, n, out),
         };
@@ -256,6 +314,34 @@ impl PackedMatrix {
         pieces
             .zip(out.par_chunks_mut(rows * n))
             .for_each(|(rows, out)| piece(rows, out));
+    }
+}
+
+/// Does products in strips of rows, on all threads where the work is worth it.
+fn strips(path: Path, jobs: &[(&Interleaved, Out)], x: Factor<'_>, n: usize, multiplications: usize) {
+    let groups: usize = jobs.iter().map(|(weights, _)| weights.groups()).sum();
+    let alone = multiplications < PARALLEL_PRODUCTS_MIN;
+    let pieces = if alone { 1 } else { team::threads() * PIECES_PER_THREAD };
+    // Groups of floats are worked on four at a time where there is one activation.
+    let strip = groups
+        .div_ceil(pieces)
+        .next_multiple_of(if groups >= 4 * pieces { 4 } else { 1 });
+    let mut list = Vec::with_capacity(pieces + jobs.len());
+    for (job, (weights, _)) in jobs.iter().enumerate() {
+        let groups = weights.groups();
+        let starts = (0..groups).step_by(strip);
+        list.extend(starts.map(|start| (job, start..groups.min(start + strip))));
+    }
+    let run = |index: usize| {
+        let Some((job, groups)) = list.get(index) else { return };
+        let Some((weights, out)) = jobs.get(*job) else { return };
+        // SAFETY: lengths were checked; strips of one weight have columns of their own, and `out` is borrowed until all are
+        // done; `path` is one that this processor has.
+        unsafe { weights.multiply(path, groups.clone(), x, n, *out) };
+    };
+    match alone {
+        true => (0..list.len()).for_each(run),
+        false => team::in_pieces(list.len(), run),
     }
 }
 
@@ -293,7 +379,14 @@ mod tests {
     #[test]
     fn every_path_gives_the_same_bits() {
         for ty in PackedType::ALL {
-            for (rows, cols, n) in [(1, 256, 1), (5, 768, 3), (33, 512, 4), (7, 256, 11)] {
+            for (rows, cols, n) in [
+                (1, 256, 1),
+                (5, 768, 3),
+                (33, 512, 4),
+                (7, 256, 11),
+                (171, 256, 1),
+                (90, 256, 31),
+            ] {
                 let matrix = matrix(ty, rows, cols);
                 let x = noise(n * cols, 3);
                 let bits = |path| {
@@ -321,6 +414,29 @@ mod tests {
             let mut alone = vec![0.0; 40];
             matrix.multiply(x, 1, &mut alone);
             assert_eq!(alone, together);
+        }
+    }
+
+    #[test]
+    fn weights_of_one_input_multiply_as_each_does_alone() {
+        let types = [
+            PackedType::Q4_1,
+            PackedType::F16,
+            PackedType::Q4K,
+            PackedType::Q8_0,
+            PackedType::F32,
+        ];
+        for n in [1, 3] {
+            let x = noise(n * 256, 5);
+            let matrices = types.map(|ty| matrix(ty, 37, 256));
+            let mut outs = matrices.each_ref().map(|_| vec![0.0; n * 37]);
+            let mut products: Vec<Product<'_>> = matrices.iter().zip(outs.iter_mut().map(|out| &mut out[..])).collect();
+            PackedMatrix::multiply_together(&x, n, &mut products);
+            for (matrix, out) in matrices.iter().zip(&outs) {
+                let mut alone = vec![0.0; n * 37];
+                matrix.multiply(&x, n, &mut alone);
+                assert_eq!(alone, *out, "{}", matrix.ty());
+            }
         }
     }
 

@@ -3,11 +3,15 @@
 //! A packed row is a sequence of blocks of 32 or 256 elements. [`widen()`] gives the exact f32 values, [`narrow()`] packs
 //! f32 values, and [`PackedMatrix`] multiplies without widening: activations become blocks of 32 int8 values and one
 //! scale, integer products are exact, and their sums are added in one fixed order, so that every machine and every
-//! code path (scalar, AVX2, AVX-512 VNNI) gives the same bits.
+//! code path (scalar, AVX2, AVX-512 VNNI) gives the same bits. Q4_0, Q4_1, Q8_0, F16 and BF16 are multiplied with their
+//! rows side by side (`interleaved`), the other types row by row (`dot`).
 
 mod activations;
 mod blocks;
 mod dot;
+mod interleaved;
+#[cfg(target_arch = "x86_64")]
+mod interleaved_simd;
 mod matrix;
 mod narrow;
 mod packed_type;
@@ -15,7 +19,7 @@ mod packed_type;
 mod simd;
 mod widen;
 
-pub use matrix::{PackedBytes, PackedMatrix};
+pub use matrix::{PackedBytes, PackedMatrix, Product};
 pub use narrow::narrow;
 pub use packed_type::PackedType;
 pub use widen::widen;

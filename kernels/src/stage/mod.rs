@@ -15,7 +15,7 @@ use thiserror::Error;
 
 use crate::device::Device;
 use crate::model::{Config, ConfigError};
-use crate::weights::{Tensors, WeightsError};
+use crate::weights::{Tensors, WeightsError, open as open_model};
 pub(crate) use cpu::{Routing, Trace, exp, expm1, softplus};
 use engine::Engine;
 use further::FurtherWeights;
@@ -160,6 +160,19 @@ impl ServeStage {
         };
         let read = StageWeights::read(&config, range, part_files, form)?;
         Self::with(config, range, read, device)
+    }
+
+    /// Loads a whole model straight from a GGUF file or a Hugging Face folder, and gives its `tokenizer.json` too.
+    ///
+    /// # Errors
+    ///
+    /// [`StageError`] names the file, and the configuration key or tensor that is at fault.
+    pub fn open(source: &Path, form: Weights, device: &Device) -> Result<(Self, Vec<u8>), StageError> {
+        let source = open_model(source).map_err(StageError::part)?;
+        let config = Config::from_json(&source.config_json)?;
+        let range = BlockRange::whole(config.blocks);
+        let read = StageWeights::from_tensors(&config, range, &*source.tensors, form)?;
+        Ok((Self::with(config, range, read, device)?, source.tokenizer_json))
     }
 
     /// Loads a whole model from its tensors, widened.

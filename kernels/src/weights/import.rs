@@ -43,16 +43,16 @@ pub struct Progress {
 }
 
 /// A model as it was found, of either kind.
-pub(super) struct ModelSource {
+pub(crate) struct ModelSource {
     pub(super) name: String,
     /// What to name in errors about the configuration.
     pub(super) config_path: PathBuf,
-    pub(super) config_json: String,
-    pub(super) tokenizer_json: Vec<u8>,
+    pub(crate) config_json: String,
+    pub(crate) tokenizer_json: Vec<u8>,
     pub(super) chat_template: Option<String>,
     pub(super) end_tokens: Vec<u32>,
     pub(super) begin_token: Option<u32>,
-    pub(super) tensors: Box<dyn Tensors>,
+    pub(crate) tensors: Box<dyn Tensors>,
 }
 
 /// Tensors by Hugging Face name.
@@ -93,7 +93,7 @@ pub fn import(source: &Path, out: &Path, on_progress: &mut dyn FnMut(Progress)) 
 }
 
 /// Opens whatever kind of model is at `source`.
-pub(super) fn open(source: &Path) -> Result<ModelSource, WeightsError> {
+pub(crate) fn open(source: &Path) -> Result<ModelSource, WeightsError> {
     if source.is_dir() && source.join("config.json").exists() {
         return hugging_face::open(source);
     }

@@ -79,14 +79,19 @@ pub(super) fn product_finely(x: &[f32], n: usize, matrix: &Matrix, out: &mut [f3
 
 /// As [`products`], for any number of weights.
 pub(super) fn products_of(x: &[f32], n: usize, pairs: Vec<(&Matrix, &mut [f32])>) {
-    let mut plain = Vec::with_capacity(pairs.len());
+    let (mut plain, mut packed) = (Vec::new(), Vec::new());
     for (matrix, out) in pairs {
         match matrix {
             Matrix::Plain(PlainMatrix(weight)) => plain.push(Product { weight, out }),
-            Matrix::Packed(packed) => packed.multiply(x, n, out),
+            Matrix::Packed(weight) => packed.push((weight, out)),
         }
     }
-    multiply(x, n, &mut plain);
+    if !packed.is_empty() {
+        PackedMatrix::multiply_together(x, n, &mut packed);
+    }
+    if !plain.is_empty() {
+        multiply(x, n, &mut plain);
+    }
 }
 
 /// `out[i, r] = Σ_c w[r, c] · x[i, c]` for each weight and its `out`.
