@@ -40,6 +40,38 @@ pub(crate) fn in_pieces(pieces: usize, work: impl Fn(usize) + Sync) {
     }
 }
 
+/// Calls `work` with each `part` elements of `x` and their number, on all threads where there are many.
+pub(crate) fn in_parts(x: &mut [f32], part: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+    /// Elements below which one thread does all: they take as long as telling another.
+    const ELEMENTS_MIN: usize = 8_192;
+    if x.len() < ELEMENTS_MIN || part == 0 {
+        x.chunks_mut(part.max(1))
+            .enumerate()
+            .for_each(|(index, x)| work(index, x));
+        return;
+    }
+    in_parts_always(x, part, work);
+}
+
+/// As [`in_parts`], however few elements there are: for work that grows with something else.
+pub(crate) fn in_parts_always(x: &mut [f32], part: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+    struct Start(*mut f32);
+    // SAFETY: every piece takes a part of its own.
+    unsafe impl Sync for Start {}
+    impl Start {
+        const fn at(&self, index: usize) -> *mut f32 {
+            self.0.wrapping_add(index)
+        }
+    }
+    let (start, len) = (Start(x.as_mut_ptr()), x.len());
+    in_pieces(len.div_ceil(part.max(1)), |index| {
+        let first = index * part;
+        // SAFETY: parts lie within `x`, which is borrowed until all are done, and none overlaps another.
+        let own = unsafe { std::slice::from_raw_parts_mut(start.at(first), part.min(len - first)) };
+        work(index, own);
+    });
+}
+
 /// Threads that work on a job, the caller's among them.
 pub(crate) fn threads() -> usize {
     Team::global().members.len() + 1

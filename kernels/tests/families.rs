@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use polder_kernels::device::Device;
 use polder_kernels::model::{Config, layout};
-use polder_kernels::stage::{Input, Output, ServeStage, StageError, Want};
+use polder_kernels::stage::{Input, Output, ServeStage, StageError, Step, Want};
 use polder_kernels::train::{TrainData, TrainStage, initial_parameters};
 use polder_kernels::weights::{Exported, ImportedModel, export, import};
 use polder_protocol::layout::BlockRange;
@@ -50,6 +50,41 @@ fn positions_one_by_one_give_the_bits_of_a_prefill() {
         // What a verifier does with rejected tokens.
         let again = logits(stage.forward(1, 25, Input::Tokens(&tokens[25..]), Want::AllLogits));
         assert!(again == prefill[25 * case.config.vocabulary..], "{}", case.name);
+    }
+}
+
+#[test]
+fn sessions_in_one_batch_get_the_bits_that_each_gets_alone() {
+    for case in CASES.map(Case::import) {
+        for weights in [Weights::F32, Weights::Packed] {
+            let tokens = case.tokens(30);
+            let mut stage = case.stage(weights);
+            // Sessions of different lengths; each goes on by another number of positions.
+            let lengths = [(1u64, 9usize, 1usize), (2, 3, 1), (3, 17, 4), (4, 12, 2)];
+            let mut alone = Vec::new();
+            for (session, length, more) in lengths {
+                stage.open_session(session, 64).unwrap();
+                stage
+                    .forward(session, 0, Input::Tokens(&tokens[..length]), Want::Hidden)
+                    .unwrap();
+                let input = Input::Tokens(&tokens[length..length + more]);
+                alone.push(stage.forward(session, length as u32, input, Want::LastLogits).unwrap());
+                // Back to where it was.
+                stage.open_session(session, 64).unwrap();
+                stage
+                    .forward(session, 0, Input::Tokens(&tokens[..length]), Want::Hidden)
+                    .unwrap();
+            }
+            let steps = lengths.map(|(session, length, more)| Step {
+                session,
+                position: length as u32,
+                input: Input::Tokens(&tokens[length..length + more]),
+            });
+            let together = stage.forward_together(&steps, Want::LastLogits).unwrap();
+            assert!(together == alone, "{}", case.name);
+            let twice = stage.forward_together(&[steps[0], steps[0]], Want::LastLogits);
+            assert_eq!(twice, Err(StageError::Twice { session: 1 }));
+        }
     }
 }
 

@@ -8,6 +8,7 @@
 //! Packed types: groups of 16 rows; of each unit of 32 columns eight times four columns of all rows, `[8, 16, 4]`.
 //! Plain floats: groups of 32 rows, column by column, `[cols, 32]`.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use half::{bf16, f16};
@@ -128,19 +129,11 @@ impl Interleaved {
                 found: bytes.len(),
             });
         }
-        let units = if kind.is_float() { cols } else { cols / UNIT };
-        let groups = rows.div_ceil(kind.group());
-        let mut laid = Self {
-            kind,
-            rows,
-            cols,
-            quants: vec![Line([0; 64]); groups * units * kind.lines()],
-            scales: vec![0; groups * units * kind.scales()],
-        };
-        let (line_count, scale_count) = (units * kind.lines(), units * kind.scales());
+        let mut laid = Self::zeroed(kind, rows, cols, Buffers::default());
+        let (line_count, scale_count) = laid.group_sizes();
         let quants = Pieces(laid.quants.as_mut_ptr());
         let scales = Pieces(laid.scales.as_mut_ptr());
-        team::in_pieces(groups, |group| {
+        team::in_pieces(laid.groups(), |group| {
             // SAFETY: both vectors have room for all groups, and each group is written by one piece.
             let (quants, scales) = unsafe {
                 (
@@ -148,18 +141,58 @@ impl Interleaved {
                     std::slice::from_raw_parts_mut(scales.at(group * scale_count), scale_count),
                 )
             };
-            let first = group * kind.group();
-            let rows = bytes[first * row_bytes..].chunks_exact(row_bytes).take(kind.group());
-            for (row, bytes) in rows.enumerate() {
-                match kind {
-                    Kind::Bytes => lay_bytes(bytes, row, quants, scales),
-                    Kind::CentredNibbles => lay_nibbles::<18>(bytes, row, quants, scales),
-                    Kind::Nibbles => lay_nibbles::<20>(bytes, row, quants, scales),
-                    Kind::Half | Kind::Brain => lay_floats(bytes, row, quants),
-                }
-            }
+            lay_group(
+                kind,
+                &bytes[group * kind.group() * row_bytes..],
+                row_bytes,
+                quants,
+                scales,
+            );
         });
         Ok(Some(laid))
+    }
+
+    /// As [`Interleaved::new`] for a few rows, on this thread, in memory that was used before.
+    fn of_few(kind: Kind, rows: usize, cols: usize, row_bytes: usize, bytes: &[u8], buffers: Buffers) -> Self {
+        let mut laid = Self::zeroed(kind, rows, cols, buffers);
+        let (line_count, scale_count) = laid.group_sizes();
+        let groups = bytes.chunks(kind.group() * row_bytes);
+        let quants = laid.quants.chunks_exact_mut(line_count);
+        if scale_count == 0 {
+            for (bytes, quants) in groups.zip(quants) {
+                lay_group(kind, bytes, row_bytes, quants, &mut []);
+            }
+        } else {
+            let scales = laid.scales.chunks_exact_mut(scale_count);
+            for ((bytes, quants), scales) in groups.zip(quants).zip(scales) {
+                lay_group(kind, bytes, row_bytes, quants, scales);
+            }
+        }
+        laid
+    }
+
+    fn zeroed(kind: Kind, rows: usize, cols: usize, mut buffers: Buffers) -> Self {
+        let groups = rows.div_ceil(kind.group());
+        let units = if kind.is_float() { cols } else { cols / UNIT };
+        buffers.0.resize(groups * units * kind.lines(), Line([0; 64]));
+        buffers.1.resize(groups * units * kind.scales(), 0);
+        Self {
+            kind,
+            rows,
+            cols,
+            quants: buffers.0,
+            scales: buffers.1,
+        }
+    }
+
+    /// Lines and scales of a group.
+    const fn group_sizes(&self) -> (usize, usize) {
+        let units = if self.kind.is_float() {
+            self.cols
+        } else {
+            self.cols / UNIT
+        };
+        (units * self.kind.lines(), units * self.kind.scales())
     }
 
     pub(super) const fn cols(&self) -> usize {
@@ -251,6 +284,58 @@ impl Interleaved {
     }
 }
 
+/// What a matrix was laid out in, to be used again.
+#[derive(Debug, Default)]
+struct Buffers(Vec<Line>, Vec<u16>);
+
+/// Rows as they are stored, laid out a few at a time on the way to their product.
+///
+/// That takes longer than the product of one activation, but no memory: the first tokens of a process do not wait until
+/// all of a model has been copied.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Stored<'a> {
+    pub(super) kind: Kind,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) row_bytes: usize,
+    pub(super) bytes: &'a [u8],
+}
+
+impl Stored<'_> {
+    /// Groups that are laid out together: those of floats hide latencies four at a time.
+    const TOGETHER: usize = 4;
+
+    pub(super) const fn groups(&self) -> usize {
+        self.rows.div_ceil(self.kind.group())
+    }
+
+    /// As [`Interleaved::multiply`].
+    ///
+    /// # Safety
+    ///
+    /// As there.
+    pub(super) unsafe fn multiply(&self, path: Path, groups: Range<usize>, x: Factor<'_>, n: usize, out: Out) {
+        thread_local! {
+            static BUFFERS: RefCell<Buffers> = RefCell::default();
+        }
+        let mut buffers = BUFFERS.take();
+        for start in groups.clone().step_by(Self::TOGETHER) {
+            let count = Self::TOGETHER.min(groups.end - start);
+            let first = start * self.kind.group();
+            let rows = (self.rows - first).min(count * self.kind.group());
+            let bytes = &self.bytes[first * self.row_bytes..][..rows * self.row_bytes];
+            let few = Interleaved::of_few(self.kind, rows, self.cols, self.row_bytes, bytes, buffers);
+            // SAFETY: the caller's promise: `first` is below the rows of `out`.
+            unsafe {
+                let start = out.start.add(first);
+                few.multiply(path, 0..count, x, n, Out { start, ..out });
+            }
+            buffers = Buffers(few.quants, few.scales);
+        }
+        BUFFERS.set(buffers);
+    }
+}
+
 /// The other factor of a product, `[n, cols]`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Factor<'a> {
@@ -270,6 +355,19 @@ impl<T> Pieces<T> {
     unsafe fn at(&self, index: usize) -> *mut T {
         // SAFETY: the caller's promise.
         unsafe { self.0.add(index) }
+    }
+}
+
+/// Lays out the first rows of `bytes`, as many as a group takes.
+fn lay_group(kind: Kind, bytes: &[u8], row_bytes: usize, quants: &mut [Line], scales: &mut [u16]) {
+    let rows = bytes.chunks_exact(row_bytes).take(kind.group());
+    for (row, bytes) in rows.enumerate() {
+        match kind {
+            Kind::Bytes => lay_bytes(bytes, row, quants, scales),
+            Kind::CentredNibbles => lay_nibbles::<18>(bytes, row, quants, scales),
+            Kind::Nibbles => lay_nibbles::<20>(bytes, row, quants, scales),
+            Kind::Half | Kind::Brain => lay_floats(bytes, row, quants),
+        }
     }
 }
 

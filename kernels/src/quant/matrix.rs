@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::{Deref, Range};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use memmap2::Mmap;
@@ -9,7 +10,7 @@ use rayon::prelude::*;
 
 use super::activations::Activations;
 use super::dot::{Path, multiply_float_rows, multiply_rows};
-use super::interleaved::{Factor, Interleaved, Kind, Out};
+use super::interleaved::{Factor, Interleaved, Kind, Out, Stored};
 use super::{PackedType, QuantError, widen};
 use crate::team;
 
@@ -93,8 +94,56 @@ pub struct PackedMatrix {
     cols: usize,
     row_bytes: usize,
     bytes: PackedBytes,
-    /// The rows side by side, from the first product on; see [`super::interleaved`]. Clones share them.
-    interleaved: Arc<OnceLock<Interleaved>>,
+    /// The rows side by side, once there were some products; see [`super::interleaved`]. Clones share them.
+    interleaved: Arc<Laid>,
+}
+
+#[derive(Debug)]
+struct Laid {
+    cell: OnceLock<Interleaved>,
+    /// Products until the rows are laid out for good.
+    patience: AtomicU32,
+}
+
+impl Default for Laid {
+    fn default() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        // The weights of a model take turns, so that none of its tokens waits for all of them.
+        let turn = COUNT.fetch_add(1, Ordering::Relaxed) % 16;
+        Self {
+            cell: OnceLock::new(),
+            patience: AtomicU32::new(2 + turn),
+        }
+    }
+}
+
+/// Weights whose rows are side by side, or will be.
+#[derive(Clone, Copy)]
+enum SideBySide<'a> {
+    Laid(&'a Interleaved),
+    Stored(Stored<'a>),
+}
+
+impl SideBySide<'_> {
+    const fn groups(&self) -> usize {
+        match self {
+            Self::Laid(laid) => laid.groups(),
+            Self::Stored(stored) => stored.groups(),
+        }
+    }
+
+    /// # Safety
+    ///
+    /// As [`Interleaved::multiply`].
+    unsafe fn multiply(&self, path: Path, groups: Range<usize>, x: Factor<'_>, n: usize, out: Out) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                Self::Laid(laid) => laid.multiply(path, groups, x, n, out),
+                Self::Stored(stored) => stored.multiply(path, groups, x, n, out),
+            }
+        }
+    }
 }
 
 /// One product of several that share an input: a weight, and where its outputs `[n, rows]` go.
@@ -272,14 +321,28 @@ impl PackedMatrix {
     }
 
     /// The rows side by side; `None` where this type is multiplied as it lies.
-    fn interleaved(&self) -> Option<&Interleaved> {
-        Kind::of(self.ty)?;
-        let laid = self.interleaved.get_or_init(|| {
+    fn interleaved(&self) -> Option<SideBySide<'_>> {
+        let kind = Kind::of(self.ty)?;
+        if let Some(laid) = self.interleaved.cell.get() {
+            return Some(SideBySide::Laid(laid));
+        }
+        let patience = &self.interleaved.patience;
+        if patience.load(Ordering::Relaxed) > 0 {
+            patience.store(patience.load(Ordering::Relaxed).saturating_sub(1), Ordering::Relaxed);
+            return Some(SideBySide::Stored(Stored {
+                kind,
+                rows: self.rows,
+                cols: self.cols,
+                row_bytes: self.row_bytes,
+                bytes: &self.bytes,
+            }));
+        }
+        let laid = self.interleaved.cell.get_or_init(|| {
             let laid = Interleaved::new(self.ty, self.rows, self.cols, &self.bytes);
             laid.expect("the constructor checked the length")
                 .expect("the type has a kind")
         });
-        Some(laid)
+        Some(SideBySide::Laid(laid))
     }
 
     fn row_by_row(&self, path: Path, x: &[f32], rounded: Option<&Activations>, n: usize, out: &mut [f32]) {
@@ -318,7 +381,7 @@ impl PackedMatrix {
 }
 
 /// Does products in strips of rows, on all threads where the work is worth it.
-fn strips(path: Path, jobs: &[(&Interleaved, Out)], x: Factor<'_>, n: usize, multiplications: usize) {
+fn strips(path: Path, jobs: &[(SideBySide<'_>, Out)], x: Factor<'_>, n: usize, multiplications: usize) {
     let groups: usize = jobs.iter().map(|(weights, _)| weights.groups()).sum();
     let alone = multiplications < PARALLEL_PRODUCTS_MIN;
     let pieces = if alone { 1 } else { team::threads() * PIECES_PER_THREAD };
@@ -414,6 +477,24 @@ mod tests {
             let mut alone = vec![0.0; 40];
             matrix.multiply(x, 1, &mut alone);
             assert_eq!(alone, together);
+        }
+    }
+
+    #[test]
+    fn rows_as_stored_and_side_by_side_give_the_same_bits() {
+        for ty in PackedType::ALL {
+            for n in [1, 5] {
+                let matrix = matrix(ty, 150, 256);
+                let x = noise(n * 256, 9);
+                let mut first = vec![0.0; n * 150];
+                matrix.multiply(&x, n, &mut first);
+                for _ in 0..20 {
+                    let mut again = vec![0.0; n * 150];
+                    matrix.multiply(&x, n, &mut again);
+                    assert_eq!(again, first, "{ty}");
+                }
+                assert_eq!(matrix.interleaved.cell.get().is_some(), Kind::of(ty).is_some());
+            }
         }
     }
 

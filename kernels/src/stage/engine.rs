@@ -103,8 +103,7 @@ impl Engine {
         match self {
             Self::Cpu(engine, sequences) => {
                 let sequence = sequences.get_mut(&session).ok_or(closed)?;
-                // In a thread of the pool, so that each product need not enter it anew.
-                Ok(rayon::scope(|_| engine.forward(sequence, position, input, want, trace)))
+                Ok(engine.forward(sequence, position, input, want, trace))
             }
             // On the caller's thread: a device's orders follow the thread that gives them.
             Self::Tensors(engine, sequences) => {
@@ -112,6 +111,52 @@ impl Engine {
                 engine.forward(sequence, position, input, want)
             }
         }
+    }
+
+    /// Runs rows of several sessions, `(session, position, input)` each. On the CPU they are one batch. The caller has
+    /// checked tokens, lengths and room, and that no session comes twice.
+    pub(super) fn forward_together(
+        &mut self,
+        steps: &[(u64, usize, Input<'_>)],
+        want: Want,
+    ) -> Result<Vec<Output>, StageError> {
+        let Self::Cpu(engine, sequences) = self else {
+            let steps = steps.iter();
+            return steps
+                .map(|(session, position, input)| self.forward(*session, *position, *input, want, None))
+                .collect();
+        };
+        let mut x = Vec::new();
+        let mut taken = Vec::with_capacity(steps.len());
+        for (session, position, input) in steps {
+            let before = x.len();
+            match input {
+                Input::Tokens(tokens) => x.extend(engine.embed(tokens)),
+                Input::Hidden(hidden) => x.extend_from_slice(hidden),
+            }
+            let rows = (x.len() - before) / engine.hidden();
+            let sequence = sequences.remove(session);
+            taken.push((*session, *position, rows, sequence));
+        }
+        let spans = taken.iter_mut().filter_map(|(_, position, rows, sequence)| {
+            Some(cpu::Span {
+                sequence: sequence.as_mut()?,
+                position: *position,
+                rows: *rows,
+            })
+        });
+        let mut spans: Vec<_> = spans.collect();
+        let outputs = match (spans.len() == steps.len(), steps.first()) {
+            (true, _) => Ok(engine.forward_together(&mut spans, x, want)),
+            (false, Some((session, ..))) => Err(StageError::NoSession { session: *session }),
+            (false, None) => Ok(Vec::new()),
+        };
+        for (session, _, _, sequence) in taken {
+            if let Some(sequence) = sequence {
+                sequences.insert(session, sequence);
+            }
+        }
+        outputs
     }
 
     /// The final norm of activations, at a stage with the head, on the CPU.

@@ -56,6 +56,8 @@ pub enum StageError {
     Input { values: usize, hidden: usize },
     #[error("this stage takes {takes}")]
     Kind { takes: &'static str },
+    #[error("session {session} comes twice in one batch")]
+    Twice { session: u64 },
     #[error("the input holds numbers that are not finite")]
     NotFinite,
     #[error("the device has no room for {bytes} bytes of {what}")]
@@ -82,6 +84,17 @@ pub enum Input<'a> {
     Tokens(&'a [u32]),
     /// Activations `[seq, hidden]`: any other stage.
     Hidden(&'a [f32]),
+}
+
+/// Positions of one session, for a batch of several.
+#[derive(Debug, Clone, Copy)]
+pub struct Step<'a> {
+    /// Which session.
+    pub session: u64,
+    /// Of the first row; what the cache holds from there on is forgotten.
+    pub position: u32,
+    /// What goes in.
+    pub input: Input<'a>,
 }
 
 /// What is wanted of a stage with the head. Any other stage gives [`Output::Hidden`].
@@ -297,11 +310,56 @@ impl ServeStage {
         want: Want,
         trace: Option<&mut Trace>,
     ) -> Result<Output, StageError> {
+        let end = self.end_of(session, position, input)?;
+        // A device that fails halfway has overwritten what came after.
+        self.reach(session, position);
+        let output = self.engine.forward(session, position as usize, input, want, trace)?;
+        self.reach(session, end);
+        Ok(output)
+    }
+
+    /// Runs some positions of several sessions as one batch: on the CPU each weight is read once for all of them, and each
+    /// session gets the bits that it would get alone. Outputs come in the order of `steps`.
+    ///
+    /// # Errors
+    ///
+    /// As [`ServeStage::forward`], for whichever step is at fault, and [`StageError::Twice`]; no session has changed then,
+    /// or all end at their step's position where the device failed.
+    pub fn forward_together(&mut self, steps: &[Step<'_>], want: Want) -> Result<Vec<Output>, StageError> {
+        /// Rows of one batch: more gain nothing and outgrow the caches.
+        const ROWS_MAX: usize = 256;
+        let mut ends = BTreeMap::new();
+        let mut rows = 0;
+        for step in steps {
+            let end = self.end_of(step.session, step.position, step.input)?;
+            rows += (end - step.position) as usize;
+            if ends.insert(step.session, end).is_some() {
+                return Err(StageError::Twice { session: step.session });
+            }
+        }
+        if rows > ROWS_MAX || steps.len() < 2 {
+            let each = |step: &Step<'_>| self.forward(step.session, step.position, step.input, want);
+            return steps.iter().map(each).collect();
+        }
+        steps.iter().for_each(|step| self.reach(step.session, step.position));
+        let inputs = steps
+            .iter()
+            .map(|step| (step.session, step.position as usize, step.input));
+        let outputs = self.engine.forward_together(&inputs.collect::<Vec<_>>(), want)?;
+        ends.into_iter().for_each(|(session, end)| self.reach(session, end));
+        Ok(outputs)
+    }
+
+    fn reach(&mut self, session: u64, position: u32) {
+        if let Some(state) = self.sessions.get_mut(&session) {
+            state.reached = position;
+        }
+    }
+
+    /// Where a step ends, if it can be taken.
+    fn end_of(&self, session: u64, position: u32, input: Input<'_>) -> Result<u32, StageError> {
         let count = self.check(input)?;
-        let state = self
-            .sessions
-            .get_mut(&session)
-            .ok_or(StageError::NoSession { session })?;
+        let state = self.sessions.get(&session).ok_or(StageError::NoSession { session })?;
         if position > state.reached {
             return Err(StageError::Gap {
                 position,
@@ -320,11 +378,7 @@ impl ServeStage {
         if position != 0 && position < earliest {
             return Err(StageError::Rewind { position, earliest });
         }
-        // A device that fails halfway has overwritten what came after.
-        state.reached = position;
-        let output = self.engine.forward(session, position as usize, input, want, trace)?;
-        state.reached = end;
-        Ok(output)
+        Ok(end)
     }
 
     /// The final norm of activations, at a stage with the head.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use polder_kernels::device::{Choice, Device};
-use polder_kernels::stage::{Input, Output, ServeStage, StageError, Want};
+use polder_kernels::stage::{Input, Output, ServeStage, StageError, Step, Want};
 use polder_kernels::text::{TextError, Tokenizer};
 use polder_protocol::work::Weights;
 use thiserror::Error;
@@ -172,15 +172,13 @@ fn decoding_together(stage: &mut ServeStage, plan: Plan) -> Result<f64, BenchErr
     }
     let start = Instant::now();
     for step in 0..plan.decode_tokens {
-        for (session, token) in (0..sessions).zip(&mut tokens) {
-            let output = stage.forward(
-                session,
-                PROMPT_TOKENS + step,
-                Input::Tokens(&[*token]),
-                Want::LastLogits,
-            )?;
-            *token = greedy(&output)?;
-        }
+        let steps = (0..sessions).zip(&tokens).map(|(session, token)| Step {
+            session,
+            position: PROMPT_TOKENS + step,
+            input: Input::Tokens(std::slice::from_ref(token)),
+        });
+        let outputs = stage.forward_together(&steps.collect::<Vec<_>>(), Want::LastLogits)?;
+        tokens = outputs.iter().map(greedy).collect::<Result<_, _>>()?;
     }
     let seconds = start.elapsed().as_secs_f64();
     for session in 0..sessions {

@@ -1,7 +1,7 @@
 //! Causal attention over a cache, with grouped queries.
 //!
-//! Keys are kept turned, `[kv_heads, head_dim, capacity]`, so that scores of 16 positions are made at once; values are
-//! kept `[kv_heads, capacity, head_dim]`. Each query's sums run over dimensions and positions in order, whether one
+//! Keys are kept turned in blocks of 16 positions, `[kv_heads, capacity / 16, head_dim, 16]`, so that scores of 16
+//! positions are made at once from memory in one piece; values are kept `[kv_heads, capacity, head_dim]`. Each query's sums run over dimensions and positions in order, whether one
 //! position is asked or many.
 
 #![expect(
@@ -9,10 +9,9 @@
     reason = "indices name the rows and columns of a tile in registers"
 )]
 
-use rayon::prelude::*;
-
 use super::elementwise::softmax;
 use super::lanes::{Lanes, Level, on_every_level};
+use crate::team;
 
 /// Queries of one key-value head that are worked on together.
 const ROWS: usize = 4;
@@ -71,7 +70,7 @@ impl Cache {
         for (row, (key, value)) in rows.enumerate() {
             let (at, head) = (position + row / kv_heads, row % kv_heads);
             for (dimension, key) in key.iter().enumerate() {
-                self.keys[(head * head_dim + dimension) * capacity + at] = *key;
+                self.keys[(head * capacity + at - at % 16) * head_dim + dimension * 16 + at % 16] = *key;
             }
             self.values[(head * capacity + at) * head_dim..][..head_dim].copy_from_slice(value);
         }
@@ -91,22 +90,25 @@ impl Cache {
         } = self.shape;
         let group = heads / kv_heads;
         let n = q.len() / (heads * head_dim);
-        // A row is a query of one head; the rows of one position and one key-value head lie side by side.
-        let work = n * (position + n) * heads * head_dim;
-        let one = |(row, out): (usize, &mut [f32])| {
-            let (i, kv) = (row / kv_heads, row % kv_heads);
-            self.attend_group(
-                position + i + 1,
-                kv,
-                &q[row * group * head_dim..][..group * head_dim],
-                out,
-            );
+        // A part is the queries of some positions and all heads; those of one key-value head lie side by side.
+        let positions = if n < 16 { 1 } else { 4 };
+        let (group_len, row_len) = (group * head_dim, heads * head_dim);
+        let one = |part: usize, out: &mut [f32]| {
+            for (row, out) in out.chunks_exact_mut(group_len).enumerate() {
+                let (i, kv) = (part * positions + row / kv_heads, row % kv_heads);
+                let q = &q[i * row_len + kv * group_len..][..group_len];
+                self.attend_group(position + i + 1, kv, q, out);
+            }
         };
-        if work < 200_000 {
-            out.chunks_exact_mut(group * head_dim).enumerate().for_each(one);
-        } else {
-            out.par_chunks_exact_mut(group * head_dim).enumerate().for_each(one);
+        let work = (position + n) * row_len;
+        if n == 1 && work >= 100_000 {
+            // A single position over a long past: its key-value heads go to different threads.
+            let group_of = |kv: usize, out: &mut [f32]| {
+                self.attend_group(position + 1, kv, &q[kv * group_len..][..group_len], out);
+            };
+            return team::in_parts_always(out, group_len, group_of);
         }
+        team::in_parts(out, positions * row_len, one);
     }
 
     /// All heads of one group at one position that sees `visible` positions.
@@ -129,13 +131,11 @@ impl Cache {
         let rows = q.chunks(ROWS * head_dim).zip(out.chunks_mut(ROWS * head_dim));
         for (q, out) in rows {
             let many = q.len() / head_dim;
-            // SAFETY: `q` is [many, head_dim]; the turned keys are [head_dim, capacity] with capacity a multiple of 16,
-            // so `padded` columns are there from `from` on; scores have room for [many, padded].
+            // SAFETY: `q` is [many, head_dim]; the blocks of turned keys are [head_dim, 16], and with capacity a multiple
+            // of 16 there are `padded / 16` from `from` on; scores have room for [many, padded].
             unsafe {
-                let (q, keys, scores) = (q.as_ptr(), keys.as_ptr().add(from), scores.as_mut_ptr());
-                mix(
-                    level, q, head_dim, many, head_dim, keys, capacity, padded, scores, padded,
-                );
+                let (q, keys, scores) = (q.as_ptr(), keys.as_ptr().add(from * head_dim), scores.as_mut_ptr());
+                score(level, q, head_dim, many, keys, padded / 16, scores);
             }
             for scores in scores.chunks_exact_mut(padded).take(many) {
                 let scores = &mut scores[first - from..visible - from];
@@ -151,6 +151,103 @@ impl Cache {
                 mix(
                     level, scores, padded, many, terms, values, head_dim, head_dim, out, head_dim,
                 );
+            }
+        }
+    }
+}
+
+on_every_level! {
+    /// `scores[r, c] = Σ_t q[r, t] · keys[c / 16, t, c % 16]` for `many` r, `head_dim` t and `blocks` blocks of columns.
+    unsafe fn score(
+        q: *const f32, head_dim: usize, many: usize, keys: *const f32, blocks: usize, scores: *mut f32,
+    ) = score_body
+}
+
+#[inline(always)]
+unsafe fn score_body<L: Lanes>(
+    q: *const f32,
+    head_dim: usize,
+    many: usize,
+    keys: *const f32,
+    blocks: usize,
+    scores: *mut f32,
+) {
+    // SAFETY: the caller gives matrices of these sizes.
+    unsafe {
+        let mut row = 0;
+        while row < many {
+            let (q, scores) = (q.add(row * head_dim), scores.add(row * blocks * 16));
+            row += match many - row {
+                4.. => score_rows::<L, 4>(q, head_dim, keys, blocks, scores),
+                3 => score_rows::<L, 3>(q, head_dim, keys, blocks, scores),
+                2 => score_rows::<L, 2>(q, head_dim, keys, blocks, scores),
+                _ => score_rows::<L, 1>(q, head_dim, keys, blocks, scores),
+            };
+        }
+    }
+}
+
+/// `R` queries against all blocks; returns `R`.
+#[inline(always)]
+unsafe fn score_rows<L: Lanes, const R: usize>(
+    q: *const f32,
+    head_dim: usize,
+    keys: *const f32,
+    blocks: usize,
+    scores: *mut f32,
+) -> usize {
+    // SAFETY: the caller gives `R` queries, `blocks` blocks, and room for the scores.
+    unsafe {
+        let mut block = 0;
+        while block + 2 <= blocks {
+            block_scores::<L, R, 2>(
+                q,
+                head_dim,
+                keys.add(block * head_dim * 16),
+                scores.add(block * 16),
+                blocks * 16,
+            );
+            block += 2;
+        }
+        if block < blocks {
+            block_scores::<L, R, 1>(
+                q,
+                head_dim,
+                keys.add(block * head_dim * 16),
+                scores.add(block * 16),
+                blocks * 16,
+            );
+        }
+    }
+    R
+}
+
+#[inline(always)]
+unsafe fn block_scores<L: Lanes, const R: usize, const C: usize>(
+    q: *const f32,
+    head_dim: usize,
+    keys: *const f32,
+    scores: *mut f32,
+    stride: usize,
+) {
+    // SAFETY: the caller gives `R` queries, `C` blocks, and room for the scores.
+    unsafe {
+        let mut sums = [[L::splat(0.0); C]; R];
+        for term in 0..head_dim {
+            let mut values = [L::splat(0.0); C];
+            for c in 0..C {
+                values[c] = L::load(keys.add((c * head_dim + term) * 16));
+            }
+            for r in 0..R {
+                let weight = L::splat(*q.add(r * head_dim + term));
+                for c in 0..C {
+                    sums[r][c] = L::multiply_add(weight, values[c], sums[r][c]);
+                }
+            }
+        }
+        for r in 0..R {
+            for c in 0..C {
+                L::store(scores.add(r * stride + c * 16), sums[r][c]);
             }
         }
     }

@@ -3,9 +3,55 @@
 //! Additions and multiplications only, in a fixed order: no library's exponential, so every machine has the same bits.
 
 use crate::model::Frequencies;
+use crate::team;
+
+/// Compiles a function for the widest instructions too; they compute the same bits, since nothing is contracted.
+macro_rules! widest {
+    ($(#[$doc:meta])* fn $name:ident($($argument:ident: $type:ty),* $(,)?) = $body:ident) => {
+        $(#[$doc])*
+        pub(super) fn $name($($argument: $type),*) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+                fn wide($($argument: $type),*) {
+                    $body($($argument),*)
+                }
+                #[target_feature(enable = "avx2")]
+                fn narrow($($argument: $type),*) {
+                    $body($($argument),*)
+                }
+                if is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                {
+                    // SAFETY: the processor has these; AVX-512F comes with each of them.
+                    return unsafe { wide($($argument),*) };
+                }
+                if is_x86_feature_detected!("avx2") {
+                    // SAFETY: the processor has AVX2.
+                    return unsafe { narrow($($argument),*) };
+                }
+            }
+            $body($($argument),*)
+        }
+    };
+}
+
+/// Rows of activations that one piece of an elementwise operation takes.
+const ROWS_A_PIECE: usize = 8;
 
 /// Scales each row to unit root mean square, then each channel by its gain; see the reference's `rms_norm`.
 pub(super) fn rms_norm(out: &mut [f32], x: &[f32], gain: &[f32], epsilon: f32) {
+    let part = ROWS_A_PIECE * gain.len();
+    team::in_parts(out, part, |index, out| {
+        rms_norm_rows(out, &x[index * part..][..out.len()], gain, epsilon);
+    });
+}
+
+widest! { fn rms_norm_rows(out: &mut [f32], x: &[f32], gain: &[f32], epsilon: f32) = rms_norm_body }
+
+#[inline(always)]
+fn rms_norm_body(out: &mut [f32], x: &[f32], gain: &[f32], epsilon: f32) {
     let hidden = gain.len();
     for (out, x) in out.chunks_exact_mut(hidden).zip(x.chunks_exact(hidden)) {
         let squares = sum_of(x, |x| x * x);
@@ -18,13 +64,28 @@ pub(super) fn rms_norm(out: &mut [f32], x: &[f32], gain: &[f32], epsilon: f32) {
 
 /// `gate[i] ← gate[i] · sigmoid(gate[i]) · up[i]`.
 pub(super) fn swiglu(gate: &mut [f32], up: &[f32]) {
+    const PART: usize = 4_096;
+    team::in_parts(gate, PART, |index, gate| {
+        swiglu_part(gate, &up[index * PART..][..gate.len()])
+    });
+}
+
+widest! { fn swiglu_part(gate: &mut [f32], up: &[f32]) = swiglu_body }
+
+#[inline(always)]
+fn swiglu_body(gate: &mut [f32], up: &[f32]) {
     for (gate, up) in gate.iter_mut().zip(up) {
         *gate = *gate / (1.0 + exp(-*gate)) * up;
     }
 }
 
-/// Makes scores a distribution, in place.
-pub(super) fn softmax(scores: &mut [f32]) {
+widest! {
+    /// Makes scores a distribution, in place.
+    fn softmax(scores: &mut [f32]) = softmax_body
+}
+
+#[inline(always)]
+fn softmax_body(scores: &mut [f32]) {
     let mut lanes = [f32::NEG_INFINITY; 16];
     for chunk in scores.chunks(16) {
         for (lane, score) in lanes.iter_mut().zip(chunk) {
@@ -167,12 +228,17 @@ impl Turns {
 }
 
 /// A sum in 16 lanes that are folded in halves.
+#[inline(always)]
 fn sum_of(x: &[f32], value: impl Fn(f32) -> f32) -> f32 {
     let mut lanes = [0.0f32; 16];
-    for chunk in x.chunks(16) {
+    let (chunks, rest) = x.as_chunks::<16>();
+    for chunk in chunks {
         for (lane, x) in lanes.iter_mut().zip(chunk) {
             *lane += value(*x);
         }
+    }
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane += value(*x);
     }
     let mut width = 8;
     while width > 0 {

@@ -8,7 +8,7 @@ use super::attention::Cache;
 use super::dense::LoadedNorm;
 use super::elementwise::{Turns, add};
 use super::experts::{ExpertWeights, Routing};
-use super::grouped::GroupedWeights;
+use super::grouped::{Attending, GroupedWeights};
 use super::latent::{LatentCache, LatentWeights};
 use super::mamba::{MambaState, MambaWeights};
 use super::matrix::product_finely;
@@ -51,6 +51,13 @@ pub(in crate::stage) enum LoadedMixer {
 /// What one session keeps, sublayer by sublayer of all blocks.
 #[derive(Debug)]
 pub(in crate::stage) struct Sequence(Vec<Kept>);
+
+/// Rows of one session among those of several: what it kept, where they begin, and how many they are.
+pub(in crate::stage) struct Span<'a> {
+    pub(in crate::stage) sequence: &'a mut Sequence,
+    pub(in crate::stage) position: usize,
+    pub(in crate::stage) rows: usize,
+}
 
 #[derive(Debug)]
 enum Kept {
@@ -111,6 +118,11 @@ impl Engine {
         self.weights.bytes()
     }
 
+    /// Width of the activations.
+    pub(in crate::stage) const fn hidden(&self) -> usize {
+        self.config.hidden
+    }
+
     /// Room for `capacity` positions; `None` where there is no memory for it.
     pub(in crate::stage) fn sequence(&self, capacity: usize) -> Option<Sequence> {
         sequence(self.weights.blocks.iter().flatten(), capacity.next_multiple_of(16))
@@ -146,25 +158,72 @@ impl Engine {
         };
         let n = x.len() / hidden;
         for (chunk, x) in x.chunks_mut(CHUNK_POSITIONS * hidden).enumerate() {
-            self.blocks(sequence, position + chunk * CHUNK_POSITIONS, x, trace.as_deref_mut());
+            let span = Span {
+                sequence,
+                position: position + chunk * CHUNK_POSITIONS,
+                rows: x.len() / hidden,
+            };
+            self.blocks(&mut [span], x, trace.as_deref_mut());
         }
-        let Some(head) = self.weights.head.as_ref() else {
-            return Output::Hidden(x);
+        match want {
+            Want::Hidden => Output::Hidden(x),
+            Want::LastLogits if self.weights.head.is_some() => Output::Logits(self.logits(&x[(n - 1) * hidden..])),
+            Want::AllLogits if self.weights.head.is_some() => Output::Logits(self.logits(&x)),
+            Want::LastLogits | Want::AllLogits => Output::Hidden(x),
+        }
+    }
+
+    /// Runs rows of several sessions as one batch: each weight is read once for all. `x` are tokens' embeddings or
+    /// activations, `[rows of all spans, hidden]`; each span gets its activations, or the logits of its last row.
+    ///
+    /// Every session gets the bits that it would get alone.
+    pub(in crate::stage) fn forward_together(
+        &self,
+        spans: &mut [Span<'_>],
+        mut x: Vec<f32>,
+        want: Want,
+    ) -> Vec<Output> {
+        let hidden = self.config.hidden;
+        self.blocks(spans, &mut x, None);
+        let counts = spans.iter().map(|span| span.rows);
+        let mut end = 0;
+        let ends = counts.map(|rows| {
+            end += rows;
+            (end, rows)
+        });
+        if want == Want::Hidden || self.weights.head.is_none() {
+            let own = |(end, rows): (usize, usize)| Output::Hidden(x[(end - rows) * hidden..end * hidden].to_vec());
+            return ends.map(own).collect();
+        }
+        let wanted = |rows| if want == Want::LastLogits { 1 } else { rows };
+        let ends: Vec<(usize, usize)> = ends.map(|(end, rows)| (end, wanted(rows))).collect();
+        let rows = ends
+            .iter()
+            .flat_map(|(end, rows)| &x[(end - rows) * hidden..end * hidden])
+            .copied();
+        let logits = self.logits(&rows.collect::<Vec<f32>>());
+        let mut rest = &logits[..];
+        let own = |(_, rows): (usize, usize)| {
+            let (own, others) = rest.split_at(rows * self.config.vocabulary);
+            rest = others;
+            Output::Logits(own.to_vec())
         };
-        let x = match want {
-            Want::Hidden => return Output::Hidden(x),
-            Want::LastLogits => &x[(n - 1) * hidden..],
-            Want::AllLogits => &x[..],
+        ends.into_iter().map(own).collect()
+    }
+
+    /// Logits of activations, at a stage with the head.
+    fn logits(&self, x: &[f32]) -> Vec<f32> {
+        let Some(head) = self.weights.head.as_ref() else {
+            return Vec::new();
         };
         let normed = head.norm.of(x);
-        let rows = x.len() / hidden;
+        let rows = x.len() / self.config.hidden;
         let projection = head.projection.as_ref().or(self.weights.embedding.as_ref());
-        let Some(projection) = projection else {
-            return Output::Hidden(normed);
-        };
         let mut logits = vec![0.0; rows * self.config.vocabulary];
-        product_finely(&normed, rows, projection, &mut logits);
-        Output::Logits(logits)
+        if let Some(projection) = projection {
+            product_finely(&normed, rows, projection, &mut logits);
+        }
+        logits
     }
 
     /// The final norm of activations, at a stage with the head.
@@ -207,8 +266,21 @@ impl Engine {
         let mut sequence = sequence(weights.block.iter(), n.next_multiple_of(16))?;
         // The module's first row has the rotation of the first token that follows.
         let turns = self.turns(1, n);
-        for (sublayer, kept) in weights.block.iter().zip(&mut sequence.0) {
-            run(sublayer, kept, 0, &mut x, hidden, &turns, None);
+        for (index, sublayer) in weights.block.iter().enumerate() {
+            let span = Span {
+                sequence: &mut sequence,
+                position: 0,
+                rows: n,
+            };
+            run(
+                sublayer,
+                index,
+                &mut [span],
+                &mut x,
+                hidden,
+                std::slice::from_ref(&turns),
+                None,
+            );
         }
         let mut logits = vec![0.0; n * self.config.vocabulary];
         weights.projection.apply(&weights.norm.of(&x), n, &mut logits);
@@ -222,13 +294,15 @@ impl Engine {
             .collect()
     }
 
-    fn blocks(&self, sequence: &mut Sequence, position: usize, x: &mut [f32], mut trace: Option<&mut Trace>) {
-        let turns = self.turns(position, x.len() / self.config.hidden);
-        let mut kept = sequence.0.iter_mut();
+    /// `trace` takes what happens where there is one span.
+    fn blocks(&self, spans: &mut [Span<'_>], x: &mut [f32], mut trace: Option<&mut Trace>) {
+        let turns: Vec<Vec<Turns>> = spans.iter().map(|span| self.turns(span.position, span.rows)).collect();
+        let mut sublayers = 0;
         for (index, block) in (self.range.first..).zip(&self.weights.blocks) {
-            for (sublayer, kept) in block.iter().zip(&mut kept) {
+            for sublayer in block {
                 let place = trace.as_deref_mut().map(|trace| (index, trace));
-                run(sublayer, kept, position, x, self.config.hidden, &turns, place);
+                run(sublayer, sublayers, spans, x, self.config.hidden, &turns, place);
+                sublayers += 1;
             }
             if let Some(trace) = trace.as_deref_mut() {
                 trace.hidden.entry(index).or_default().extend_from_slice(x);
@@ -247,44 +321,81 @@ fn sequence<'a>(sublayers: impl Iterator<Item = &'a LoadedSublayer>, capacity: u
     kept.collect::<Option<Vec<_>>>().map(Sequence)
 }
 
-/// `x ← x + after(mixer(norm(x)))` for rows at `position ..`.
+/// `x ← x + after(mixer(norm(x)))` for rows of some sessions; `index` is the sublayer's among those of the sequences.
 fn run(
     sublayer: &LoadedSublayer,
-    kept: &mut Kept,
-    position: usize,
+    index: usize,
+    spans: &mut [Span<'_>],
     x: &mut [f32],
     hidden: usize,
-    turns: &[Turns],
-    trace: Option<(u32, &mut Trace)>,
+    turns: &[Vec<Turns>],
+    mut trace: Option<(u32, &mut Trace)>,
 ) {
     let n = x.len() / hidden;
     let normed = sublayer.norm.of(x);
     let mut out = vec![0.0; x.len()];
-    match (&sublayer.mixer, kept) {
-        (LoadedMixer::Attention(weights), Kept::Keys(cache)) => {
-            weights.forward(&normed, n, position, turns, cache, &mut out);
+    match &sublayer.mixer {
+        LoadedMixer::Attention(weights) => {
+            let sessions = spans.iter_mut().zip(turns).filter_map(|(span, turns)| {
+                let Some(Kept::Keys(cache)) = span.sequence.0.get_mut(index) else {
+                    return None; // A sequence is made from the same sublayers that it is used with.
+                };
+                Some(Attending {
+                    cache,
+                    position: span.position,
+                    rows: span.rows,
+                    turns,
+                })
+            });
+            weights.forward(&normed, n, &mut sessions.collect::<Vec<_>>(), &mut out);
         }
-        (LoadedMixer::Latent(weights), Kept::Latent(cache)) => {
+        LoadedMixer::Mlp(weights) => weights.forward(&normed, n, &mut out),
+        LoadedMixer::Experts(weights) => {
+            let seen = trace.map(|(block, trace)| trace.routing.entry(block).or_default());
+            weights.forward(&normed, n, &mut out, seen);
+        }
+        LoadedMixer::Latent(_) | LoadedMixer::Mamba(_) => {
+            // These work on one session at a time.
+            let mut first = 0;
+            for (span, turns) in spans.iter_mut().zip(turns) {
+                let own = first * hidden..(first + span.rows) * hidden;
+                first += span.rows;
+                let trace = trace.as_mut().map(|(block, trace)| (*block, &mut **trace));
+                alone(sublayer, index, span, &normed[own.clone()], turns, &mut out[own], trace);
+            }
+        }
+    }
+    match &sublayer.after {
+        Some(norm) => add(x, &norm.of(&out)),
+        None => add(x, &out),
+    }
+}
+
+/// A mixer with a state of another kind, for the rows of one session.
+fn alone(
+    sublayer: &LoadedSublayer,
+    index: usize,
+    span: &mut Span<'_>,
+    normed: &[f32],
+    turns: &[Turns],
+    out: &mut [f32],
+    trace: Option<(u32, &mut Trace)>,
+) {
+    match (&sublayer.mixer, span.sequence.0.get_mut(index)) {
+        (LoadedMixer::Latent(weights), Some(Kept::Latent(cache))) => {
             let mut selected = Vec::new();
             let seen = trace.is_some().then_some(&mut selected);
-            weights.forward(&normed, n, position, turns, cache, &mut out, seen);
+            weights.forward(normed, span.rows, span.position, turns, cache, out, seen);
             if let Some((block, trace)) = trace
                 && !selected.is_empty()
             {
                 trace.selected.entry(block).or_default().extend(selected);
             }
         }
-        (LoadedMixer::Mamba(weights), Kept::Mamba(state)) => weights.forward(&normed, n, position, state, &mut out),
-        (LoadedMixer::Mlp(weights), _) => weights.forward(&normed, n, &mut out),
-        (LoadedMixer::Experts(weights), _) => {
-            let seen = trace.map(|(block, trace)| trace.routing.entry(block).or_default());
-            weights.forward(&normed, n, &mut out, seen);
+        (LoadedMixer::Mamba(weights), Some(Kept::Mamba(state))) => {
+            weights.forward(normed, span.rows, span.position, state, out);
         }
         // A sequence is made from the same sublayers that it is used with.
         _ => unreachable!("a sequence of another stage"),
-    }
-    match &sublayer.after {
-        Some(norm) => add(x, &norm.of(&out)),
-        None => add(x, &out),
     }
 }

@@ -57,16 +57,8 @@ impl GroupedWeights {
         capacity * (self.shape.kv_heads * self.shape.head_dim) as u64 * 2 * 4
     }
 
-    /// Attends from the `n` normed rows `x` at `position ..`.
-    pub(super) fn forward(
-        &self,
-        x: &[f32],
-        n: usize,
-        position: usize,
-        turns: &[Turns],
-        cache: &mut Cache,
-        out: &mut [f32],
-    ) {
+    /// Attends from normed rows `x`, those of each session in turn.
+    pub(super) fn forward(&self, x: &[f32], n: usize, sessions: &mut [Attending<'_>], out: &mut [f32]) {
         let Attention {
             heads,
             kv_heads,
@@ -86,21 +78,39 @@ impl GroupedWeights {
         if let Some(norm) = &self.k_norm {
             k = norm.of(&k);
         }
-        if let Some(turns) = self.shape.rotary.and_then(|rotary| turns.get(rotary)) {
-            for (rows, heads) in [(&mut q, heads), (&mut k, kv_heads)] {
-                for (index, head) in rows.chunks_exact_mut(head_dim).enumerate() {
-                    turns.rotate(head, index / heads);
+        let mut first = 0;
+        for session in sessions {
+            let own = |width: usize| first * width..(first + session.rows) * width;
+            let (q_rows, k_rows) = (own(heads * head_dim), own(kv_heads * head_dim));
+            first += session.rows;
+            let (q, mixed) = (&mut q[q_rows.clone()], &mut mixed[q_rows]);
+            let (k, v) = (&mut k[k_rows.clone()], &v[k_rows]);
+            if let Some(turns) = self.shape.rotary.and_then(|rotary| session.turns.get(rotary)) {
+                for (rows, heads) in [(&mut *q, heads), (&mut *k, kv_heads)] {
+                    for (index, head) in rows.chunks_exact_mut(head_dim).enumerate() {
+                        turns.rotate(head, index / heads);
+                    }
                 }
             }
-        }
-        if let Some(scale) = self.shape.query_scale {
-            for (offset, row) in q.chunks_exact_mut(heads * head_dim).enumerate() {
-                let factor = scale.at(position + offset);
-                row.iter_mut().for_each(|q| *q *= factor);
+            if let Some(scale) = self.shape.query_scale {
+                for (offset, row) in q.chunks_exact_mut(heads * head_dim).enumerate() {
+                    let factor = scale.at(session.position + offset);
+                    row.iter_mut().for_each(|q| *q *= factor);
+                }
             }
+            session.cache.write(session.position, k, v);
+            session.cache.attend(session.position, q, mixed);
         }
-        cache.write(position, &k, &v);
-        cache.attend(position, &q, &mut mixed);
         self.o.apply(&mixed, n, out);
     }
+}
+
+/// Rows of one session that attend to what the session has kept.
+pub(super) struct Attending<'a> {
+    pub(super) cache: &'a mut Cache,
+    /// Of the first row.
+    pub(super) position: usize,
+    pub(super) rows: usize,
+    /// By rotation, from the first row on.
+    pub(super) turns: &'a [Turns],
 }

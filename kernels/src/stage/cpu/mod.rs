@@ -17,7 +17,7 @@ mod product;
 pub(super) use dense::{Dense, LoadedNorm};
 pub(crate) use elementwise::{exp, expm1, softplus};
 pub(crate) use engine::Trace;
-pub(super) use engine::{Engine, LoadedMixer, LoadedSublayer, Sequence};
+pub(super) use engine::{Engine, LoadedMixer, LoadedSublayer, Sequence, Span};
 pub(super) use experts::ExpertWeights;
 pub(crate) use experts::Routing;
 pub(super) use grouped::GroupedWeights;

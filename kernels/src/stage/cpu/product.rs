@@ -5,14 +5,13 @@
     reason = "indices name the rows and columns of a tile in registers"
 )]
 
-use rayon::prelude::*;
-
 use super::lanes::{Lanes, Level, on_every_level};
+use crate::team;
 
 /// Rows of a weight that one task takes: 32 rows of 2,048 fill a quarter of a second-level cache.
 const STRIP_ROWS: usize = 32;
 /// Multiplications below which a product stays on one thread: waking another takes about as long as this many.
-const PARALLEL_PRODUCTS_MIN: usize = 200_000;
+const PARALLEL_PRODUCTS_MIN: usize = 50_000;
 
 /// A weight `[rows, cols]` = `[out, in]` in f32.
 #[derive(Debug, Clone)]
@@ -72,16 +71,16 @@ pub(super) fn multiply(x: &[f32], n: usize, products: &mut [Product<'_>]) {
             );
         }
     };
-    if work < PARALLEL_PRODUCTS_MIN || rayon::current_num_threads() == 1 {
+    if work < PARALLEL_PRODUCTS_MIN {
         strips.iter().for_each(run);
     } else {
-        strips.par_iter().with_min_len(1).for_each(run);
+        team::in_pieces(strips.len(), |index| strips.get(index).into_iter().for_each(run));
     }
 }
 
 /// A single position is bound by memory and by waking threads: few, long pieces.
 fn strip_rows_of_one(rows: usize) -> usize {
-    rows.div_ceil(rayon::current_num_threads() * 3).max(STRIP_ROWS)
+    rows.div_ceil(team::threads() * 3).max(STRIP_ROWS)
 }
 
 struct Strip<'a> {
