@@ -39,6 +39,8 @@ impl Client {
             })?;
         let agent = ureq::Agent::config_builder()
             .http_status_as_error(false)
+            // The node is on this machine; a proxy in the environment is for the world outside.
+            .proxy(None)
             .timeout_connect(Some(Duration::from_secs(5)))
             .timeout_recv_response(Some(ANSWER_TIME_MAX))
             .build()

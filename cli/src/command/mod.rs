@@ -8,10 +8,12 @@ mod completions;
 mod control;
 mod data;
 mod demo;
+mod doctor;
 mod institution;
 mod invite;
 mod join;
 mod model;
+mod peers;
 mod run;
 mod status;
 pub(crate) mod worker;
@@ -47,12 +49,16 @@ pub(crate) enum Command {
     Resume,
     /// Show what the node does
     Status,
+    /// Say what works between this node and the others, and what to ask of whoever runs the network
+    Doctor,
+    /// Show the members that this node has met, and how it reaches them
+    Peers,
     /// Print a completion script for a shell
     Completions(completions::Arguments),
     /// Own the device and compute for the daemon that started this process
     #[command(hide = true)]
     Worker(worker::Arguments),
-    /// Measure how fast this machine is
+    /// Measure what this machine and its network can do
     Bench(bench::Arguments),
     /// Bring in, list, show and verify models
     Model(model::Arguments),
@@ -74,6 +80,8 @@ pub(crate) fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Pause => control::pause(context),
         Command::Resume => control::resume(context),
         Command::Status => status::run(context),
+        Command::Doctor => doctor::run(context),
+        Command::Peers => peers::run(context),
         Command::Completions(arguments) => completions::run(context, arguments),
         Command::Worker(_) => anyhow::bail!("the worker is started before there is a home"),
         Command::Bench(arguments) => bench::run(context, arguments),

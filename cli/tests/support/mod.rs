@@ -1,6 +1,8 @@
 //! Real `polder` processes on loopback, for tests: a node is a folder, and a process while it runs.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub(crate) mod lab;
+
 use std::fs::{self, File};
 use std::net::{TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -24,6 +26,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 pub(crate) struct Node {
     pub(crate) name: String,
     pub(crate) home: PathBuf,
+    /// The network namespace that it lives in, where that is not this process's.
+    namespace: Option<String>,
     child: Option<Child>,
 }
 
@@ -41,13 +45,44 @@ impl Node {
         Self {
             name: name.to_owned(),
             home,
+            namespace: None,
             child: None,
         }
     }
 
+    /// A node of its own in a laboratory's host, on the usual ports of all its interfaces.
+    pub(crate) fn prepare_on(host: &lab::Host, root: &Path, name: &str, settings: &str) -> Self {
+        let home = root.join(name);
+        fs::create_dir_all(&home).unwrap();
+        let base = "api = \"127.0.0.1:0\"\nmdns = false\ntrain = false\nserve = false\n";
+        fs::write(home.join("config.toml"), format!("{base}{settings}")).unwrap();
+        Self {
+            name: name.to_owned(),
+            home,
+            namespace: Some(host.namespace.clone()),
+            child: None,
+        }
+    }
+
+    fn program(&self) -> Command {
+        let program = env!("CARGO_BIN_EXE_polder");
+        let mut command = match &self.namespace {
+            None => Command::new(program),
+            Some(namespace) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", namespace, program]);
+                command
+            }
+        };
+        // A proxy of this machine is none of a laboratory's.
+        command.env_remove("HTTPS_PROXY").env_remove("https_proxy");
+        command.arg("--home").arg(&self.home);
+        command
+    }
+
     /// Runs a verb to its end, which must come within [`VERB_TIME_MAX`].
     pub(crate) fn output(&self, arguments: &[&str]) -> Output {
-        let mut command = program(&self.home);
+        let mut command = self.program();
         command.args(arguments).stdin(Stdio::null());
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let process = child.id();
@@ -84,7 +119,7 @@ impl Node {
         assert!(self.child.is_none(), "{} runs already", self.name);
         let log = File::options().create(true).append(true).open(self.log_path()).unwrap();
         let level = std::env::var("POLDER_LOG").unwrap_or_else(|_| "info".into());
-        let mut command = program(&self.home);
+        let mut command = self.program();
         command
             .arg("join")
             .args(arguments)
@@ -210,12 +245,6 @@ pub(crate) fn wait_for<T>(what: &str, time_max: Duration, mut look: impl FnMut()
         assert!(Instant::now() < deadline, "waited {} s for {what}", time_max.as_secs());
         std::thread::sleep(LOOK_EVERY);
     }
-}
-
-fn program(home: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_polder"));
-    command.arg("--home").arg(home);
-    command
 }
 
 fn signal(name: &str, process: u32) {

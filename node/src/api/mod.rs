@@ -21,6 +21,7 @@ use axum::{Json, Router};
 use serde_json::{Value, json};
 use tower_http::timeout::TimeoutLayer;
 
+use crate::daemon::PeerStatus;
 use crate::serve::ServeHandle;
 use failure::Failure;
 use metrics::Metrics;
@@ -32,15 +33,19 @@ const BODY_BYTES_MAX: usize = 4 << 20;
 /// How long an answer may take to begin, or, when it is not streamed, to be whole.
 const ANSWER_MAX: Duration = Duration::from_secs(1_800);
 
+/// Tells of the members that the node has met.
+pub type Peers = Arc<dyn Fn() -> Vec<PeerStatus> + Send + Sync>;
+
 struct Api {
     serve: ServeHandle,
+    peers: Peers,
     metrics: Metrics,
 }
 
 /// The interface. Bind it to the loopback address: it asks nobody who they are.
-pub fn router(serve: ServeHandle) -> Router {
+pub fn router(serve: ServeHandle, peers: Peers) -> Router {
     let metrics = Metrics::new();
-    let api = Arc::new(Api { serve, metrics });
+    let api = Arc::new(Api { serve, peers, metrics });
     Router::new()
         .route("/v1/models", get(models))
         .route("/v1/chat/completions", post(chat))
@@ -91,7 +96,7 @@ async fn text(
 
 async fn show_metrics(State(api): State<Arc<Api>>) -> Response {
     let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    match api.metrics.text(&api.serve) {
+    match api.metrics.text(&api.serve, &(api.peers)()) {
         Ok(text) => ([("content-type", content_type)], text).into_response(),
         Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }

@@ -118,7 +118,7 @@ async fn api() -> (String, Town) {
     node.hold(0, 6).await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let router = super::router(node.serve.clone());
+    let router = super::router(node.serve.clone(), std::sync::Arc::new(Vec::new));
     tokio::spawn(async move {
         let _node = node;
         axum::serve(listener, router).await

@@ -1,12 +1,13 @@
 //! Between node ids and libp2p's peer ids, and what can be told from an address.
 
-use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
 use libp2p::identity::{Keypair, PublicKey, ed25519};
 use libp2p::multiaddr::Protocol;
 use libp2p::{Multiaddr, PeerId};
 use polder_protocol::hash::NodeId;
 use polder_protocol::wire::ADDRESSES_MAX;
+use socket2::{Domain, Socket, Type};
 
 use super::ControlError;
 
@@ -54,6 +55,39 @@ pub(super) fn readable(texts: &[String]) -> Vec<Multiaddr> {
 /// Whether an address goes through a relay.
 pub(super) fn is_relayed(address: &Multiaddr) -> bool {
     address.iter().any(|part| part == Protocol::P2pCircuit)
+}
+
+/// Whether an address may be reached from other networks. Documentation addresses count: laboratories use them.
+pub(crate) fn is_public(ip: IpAddr) -> bool {
+    match ip.to_canonical() {
+        IpAddr::V4(ip) => {
+            let [first, second, ..] = ip.octets();
+            let shared = first == 100 && (64..128).contains(&second);
+            !(ip.is_private() || ip.is_loopback() || ip.is_link_local() || ip.is_unspecified() || shared)
+        }
+        IpAddr::V6(ip) => {
+            !(ip.is_loopback() || ip.is_unspecified() || ip.is_unique_local() || ip.is_unicast_link_local())
+        }
+    }
+}
+
+/// Whether an address means nothing to any other machine.
+pub(super) fn is_of_this_machine_alone(ip: IpAddr) -> bool {
+    match ip.to_canonical() {
+        IpAddr::V4(ip) => ip.is_loopback() || ip.is_link_local() || ip.is_unspecified(),
+        IpAddr::V6(ip) => ip.is_loopback() || ip.is_unicast_link_local() || ip.is_unspecified(),
+    }
+}
+
+/// Which of this machine's addresses packets to `remote` bear. Nothing is sent.
+pub(super) fn source_for(remote: IpAddr) -> Option<IpAddr> {
+    let any: SocketAddr = match remote {
+        IpAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        IpAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+    };
+    let socket = UdpSocket::bind(any).ok()?;
+    socket.connect((remote, 9)).ok()?;
+    Some(socket.local_addr().ok()?.ip())
 }
 
 /// The first IP address in an address that does not go through a relay.
@@ -108,12 +142,25 @@ pub(super) fn probe_port(address: &Multiaddr) -> Result<(), ControlError> {
         Some(Protocol::Ip6(ip)) => IpAddr::V6(ip),
         _ => return Ok(()),
     };
-    let bound = match parts.next() {
-        Some(Protocol::Tcp(port)) if port != 0 => TcpListener::bind((ip, port)).map(drop),
-        Some(Protocol::Udp(port)) if port != 0 => UdpSocket::bind((ip, port)).map(drop),
+    let (kind, port) = match parts.next() {
+        Some(Protocol::Tcp(port)) if port != 0 => (Type::STREAM, port),
+        Some(Protocol::Udp(port)) if port != 0 => (Type::DGRAM, port),
         _ => return Ok(()),
     };
-    bound.map_err(|error| listen_error(address, &error))
+    let place = SocketAddr::new(ip, port);
+    let bind = || {
+        let socket = Socket::new(Domain::for_address(place), kind, None)?;
+        if ip.is_ipv6() {
+            // As libp2p does: IPv4 has a listener of its own on the same port.
+            socket.set_only_v6(true)?;
+        }
+        if kind == Type::STREAM {
+            socket.set_reuse_address(true)?;
+        }
+        socket.bind(&place.into())?;
+        if kind == Type::STREAM { socket.listen(1) } else { Ok(()) }
+    };
+    bind().map_err(|error| listen_error(address, &error))
 }
 
 /// Says why an address cannot be listened on, and what to try.

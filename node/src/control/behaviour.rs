@@ -10,7 +10,7 @@ use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol, Swarm, SwarmBuilder, Transport, autonat, connection_limits, dcutr, dns,
-    gossipsub, identify, kad, mdns, memory_connection_limits, noise, ping, relay, request_response, tcp, tls, upnp,
+    gossipsub, identify, kad, mdns, memory_connection_limits, noise, ping, relay, request_response, tcp, upnp,
     websocket, yamux,
 };
 use polder_protocol::wire::GOSSIP_BYTES_MAX;
@@ -18,6 +18,7 @@ use polder_protocol::wire::GOSSIP_BYTES_MAX;
 use super::address::node_of;
 use super::codec::{Codec, PROTOCOL};
 use super::shared::Shared;
+use super::ways::Ways;
 use super::{ControlConfig, ControlError};
 
 /// What a node tells of its program.
@@ -38,6 +39,14 @@ const CIRCUIT_BYTES_MAX: u64 = 4 << 30;
 /// How long one relayed connection may last.
 const CIRCUIT_LASTS_MAX: Duration = Duration::from_secs(3600);
 
+/// Members that one gateway keeps reachable, each by one reservation and perhaps a second one while it changes networks.
+const RESERVATIONS_MAX: usize = 1024;
+
+/// Relayed connections at a time, in all and of one member. Each may fill the gateway's uplink, and shares it.
+const CIRCUITS_MAX: usize = 256;
+/// See [`CIRCUITS_MAX`].
+const CIRCUITS_PER_PEER_MAX: usize = 16;
+
 /// All protocols of the control plane.
 #[derive(NetworkBehaviour)]
 pub(super) struct Behaviour {
@@ -55,6 +64,7 @@ pub(super) struct Behaviour {
     pub(super) dcutr: dcutr::Behaviour,
     pub(super) reachable: autonat::v2::client::Behaviour,
     pub(super) prober: autonat::v2::server::Behaviour,
+    pub(super) streams: libp2p_stream::Behaviour,
 }
 
 /// Builds the swarm on the present tokio runtime. Nothing listens yet.
@@ -68,16 +78,18 @@ pub(super) fn build(
     };
     let builder = SwarmBuilder::with_existing_identity(keypair)
         .with_tokio()
-        .with_tcp(
-            tcp::Config::default().nodelay(true),
-            (tls::Config::new, noise::Config::new),
-            yamux::Config::default,
-        )
-        .map_err(|error| transport(&error))?
         .with_quic()
         .with_other_transport(|key| {
+            let plain = Ways::new(config.proxy.clone())
+                .upgrade(Version::V1Lazy)
+                .authenticate(noise::Config::new(key)?)
+                .multiplex(yamux::Config::default());
+            Ok::<_, Box<dyn std::error::Error + Send + Sync>>(plain)
+        })
+        .map_err(|error| transport(&error))?
+        .with_other_transport(|key| {
             let security = noise::Config::new(key)?;
-            let websocket = websocket::Config::new(tcp::tokio::Transport::new(tcp::Config::default().nodelay(true)))
+            let websocket = websocket::Config::new(Ways::new(config.proxy.clone()))
                 .upgrade(Version::V1Lazy)
                 .authenticate(security)
                 .multiplex(yamux::Config::default());
@@ -147,6 +159,7 @@ fn behaviour(
         dcutr: dcutr::Behaviour::new(peer),
         reachable: autonat::v2::client::Behaviour::default(),
         prober: autonat::v2::server::Behaviour::default(),
+        streams: libp2p_stream::Behaviour::new(),
     })
 }
 
@@ -193,6 +206,9 @@ fn kademlia(peer: PeerId, config: &ControlConfig) -> kad::Behaviour<kad::store::
 
 fn relay_server(peer: PeerId, shared: &Arc<Shared>) -> relay::Behaviour {
     let mut config = relay::Config {
+        max_reservations: RESERVATIONS_MAX,
+        max_circuits: CIRCUITS_MAX,
+        max_circuits_per_peer: CIRCUITS_PER_PEER_MAX,
         max_circuit_bytes: CIRCUIT_BYTES_MAX,
         max_circuit_duration: CIRCUIT_LASTS_MAX,
         ..Default::default()

@@ -1,15 +1,16 @@
 //! What the rest of the node holds of the control plane.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use libp2p::Multiaddr;
+use futures::StreamExt;
+use libp2p::{Multiaddr, StreamProtocol};
 use polder_protocol::hash::NodeId;
 use polder_protocol::wire::{CONTROL_BYTES_MAX, CREDENTIALS_BYTES_MAX, GOSSIP_BYTES_MAX, Service};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use super::address::multiaddresses;
+use super::address::{ip_of, multiaddresses, node_of, peer_of};
 use super::shared::{Shared, lock};
 use super::{ControlError, Gossip, Incoming, Path, PeerEvent, PeerRecord, REQUEST_DEADLINE};
 use crate::gate::AddressBook;
@@ -19,6 +20,9 @@ const INCOMING_MAX: usize = 128;
 
 /// Gossip of one topic that may wait for a subscriber; more is dropped, since announcements repeat.
 const GOSSIP_MAX: usize = 512;
+
+/// Streams that carry the data plane's packets.
+const TUNNEL: StreamProtocol = StreamProtocol::new("/polder/tunnel/1");
 
 /// Room for version, service and length around a body.
 const ENVELOPE_BYTES: usize = 64;
@@ -53,10 +57,44 @@ pub(super) enum Command {
 }
 
 /// The control plane, for the rest of the node. Clones are cheap and all mean the same swarm.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct ControlHandle {
     pub(super) shared: Arc<Shared>,
     pub(super) commands: mpsc::Sender<Command>,
+    pub(super) streams: libp2p_stream::Control,
+}
+
+impl std::fmt::Debug for ControlHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ControlHandle")
+            .field("shared", &self.shared)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Tunnels that members open to this node.
+pub struct Tunnels {
+    streams: libp2p_stream::IncomingStreams,
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for Tunnels {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tunnels").finish_non_exhaustive()
+    }
+}
+
+impl Tunnels {
+    /// The next one; `None` once the control plane has stopped. Safe to drop.
+    pub async fn next(&mut self) -> Option<(NodeId, libp2p::Stream)> {
+        loop {
+            let (peer, stream) = self.streams.next().await?;
+            // Whoever has shown no credentials gets no answer.
+            if let Some(node) = node_of(&peer).filter(|node| self.shared.is_present(*node)) {
+                return Some((node, stream));
+            }
+        }
+    }
 }
 
 impl ControlHandle {
@@ -131,6 +169,30 @@ impl ControlHandle {
         })
     }
 
+    /// Opens a stream for the data plane's packets to a member, over whatever connection stands: straight, or through
+    /// a relay, which sees noise. The member is met first where needed.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::request`].
+    pub async fn tunnel(&self, to: NodeId) -> Result<libp2p::Stream, ControlError> {
+        self.dial(to, &[]).await?;
+        let failed = |reason: String| ControlError::Unreachable { node: to, reason };
+        let peer = peer_of(to).ok_or_else(|| failed("its id is not a key".into()))?;
+        let mut streams = self.streams.clone();
+        match tokio::time::timeout(REQUEST_DEADLINE, streams.open_stream(peer, TUNNEL)).await {
+            Ok(opened) => opened.map_err(|error| failed(error.to_string())),
+            Err(_) => Err(failed("it does not take a tunnel".into())),
+        }
+    }
+
+    /// Tunnels that members open, from now on; `None` where somebody takes them already.
+    pub fn tunnels(&self) -> Option<Tunnels> {
+        let streams = self.streams.clone().accept(TUNNEL).ok()?;
+        let shared = Arc::clone(&self.shared);
+        Some(Tunnels { streams, shared })
+    }
+
     /// Answers a service from now on. A later registration replaces an earlier one.
     pub fn register(&self, service: Service) -> mpsc::Receiver<Incoming> {
         let (sender, receiver) = mpsc::channel(INCOMING_MAX);
@@ -164,6 +226,25 @@ impl ControlHandle {
         // Where the queue is full, the driver's next tick subscribes to every topic that has readers.
         let _ = self.commands.try_send(Command::Subscribe { topic });
         receiver
+    }
+
+    /// What is known of one member.
+    pub fn peer(&self, node: NodeId) -> Option<PeerRecord> {
+        lock(&self.shared.peers).get(&node).cloned()
+    }
+
+    /// Where the data plane is said to answer.
+    pub fn data_addresses(&self) -> Vec<SocketAddr> {
+        lock(&self.shared.data_addresses).clone()
+    }
+
+    /// The addresses of this machine on which the control plane listens, each once.
+    pub fn own_ips(&self) -> Vec<IpAddr> {
+        let own = multiaddresses(&self.listen_addresses()).unwrap_or_default();
+        let mut ips: Vec<IpAddr> = own.iter().filter_map(ip_of).filter(|ip| !ip.is_unspecified()).collect();
+        ips.sort();
+        ips.dedup();
+        ips
     }
 
     /// Members that this node has met, in the order of their ids.

@@ -11,6 +11,7 @@ use polder_protocol::wire::{ADDRESSES_MAX, Request};
 use tokio::sync::oneshot;
 
 use super::ControlError;
+use super::address::source_for;
 use crate::gate::Admitted;
 
 /// How long a connection may go without a valid greeting. Enrolment takes two round trips and a signature.
@@ -55,6 +56,8 @@ pub(super) struct Meeting {
     pub(super) connections: BTreeMap<ConnectionId, bool>,
     /// The address at which it is seen, where it is not relayed.
     pub(super) seen: Option<IpAddr>,
+    /// The address of this machine over which it was met last, where it is not relayed.
+    pub(super) local: Option<IpAddr>,
     /// Whether our greeting is under way.
     pub(super) greeting: bool,
     /// What it showed, once accepted.
@@ -105,12 +108,14 @@ impl Meetings {
             since: now,
             connections: BTreeMap::new(),
             seen: None,
+            local: None,
             greeting: false,
             member: None,
             closes: None,
         });
         meeting.connections.insert(connection, seen.is_none());
         meeting.seen = seen.or(meeting.seen);
+        meeting.local = seen.and_then(source_for).or(meeting.local);
         let strangers = || self.present.iter().filter(|(_, meeting)| meeting.member.is_none());
         if strangers().count() <= STRANGERS_MAX {
             return None;
@@ -222,6 +227,14 @@ impl Meetings {
             PAUSE_MAX
         };
         known.not_before = Some(now + pause.min(longest));
+    }
+
+    /// Forgets all pauses: this machine's network has changed, so what failed may succeed.
+    pub(super) fn forgive(&mut self) {
+        for known in self.acquaintances.values_mut() {
+            known.failures = 0;
+            known.not_before = None;
+        }
     }
 
     /// Notes that a node was met.

@@ -14,6 +14,7 @@ mod meetings;
 mod shared;
 #[cfg(test)]
 mod tests;
+mod ways;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -27,7 +28,9 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::gate::{Admitted, Gate};
-pub use handle::ControlHandle;
+pub(crate) use address::is_public;
+pub use handle::{ControlHandle, Tunnels};
+pub use ways::{Proxy, ProxyError};
 
 /// How long a request may take where the caller does not say: a dial over a slow path, a greeting and an answer.
 pub const REQUEST_DEADLINE: Duration = Duration::from_secs(20);
@@ -47,6 +50,8 @@ pub struct ControlConfig {
     pub mdns: bool,
     /// Ask the router to map ports.
     pub upnp: bool,
+    /// The proxy through which TCP leaves for public addresses.
+    pub proxy: Option<Proxy>,
     /// Carry connections for members that nobody can reach, and keep a routing table for others.
     pub relay_server: bool,
     /// Where the data plane answers. An unspecified address is completed by each peer with the address it sees.
@@ -67,6 +72,7 @@ impl ControlConfig {
             bootstrap: Vec::new(),
             mdns: false,
             upnp: false,
+            proxy: None,
             relay_server: false,
             data_addresses: Vec::new(),
             peers_target: 48,
@@ -179,6 +185,8 @@ pub struct PeerRecord {
     pub rtt: Option<Duration>,
     /// How it is connected.
     pub path: Path,
+    /// What its gossip was worth: below zero, it sent what it should not have.
+    pub score: i32,
     /// When it was last heard.
     pub last_seen: UnixSeconds,
 }

@@ -10,7 +10,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
 
-use super::{Shared, Status};
+use super::{Finding, Shared, Status};
 use crate::epochs::Epochs;
 use crate::train;
 
@@ -20,10 +20,12 @@ pub(super) fn router(shared: Arc<Shared>, token: &str) -> Router {
     let expected: Arc<str> = format!("Bearer {token}").into();
     Router::new()
         .route("/polder/v1/status", get(status))
+        .route("/polder/v1/doctor", get(doctor))
         .route("/polder/v1/pause", post(pause))
         .route("/polder/v1/resume", post(resume))
         .route("/polder/v1/leave", post(leave))
         .route("/polder/v1/publish", post(publish))
+        .route("/polder/v1/echo", post(super::probe::echo))
         .with_state(shared)
         .merge(training)
         .layer(middleware::from_fn(move |request: Request, next: Next| {
@@ -48,6 +50,10 @@ async fn check(expected: &str, request: Request, next: Next) -> Response {
 
 async fn status(State(shared): State<Arc<Shared>>) -> Json<Status> {
     Json(shared.status())
+}
+
+async fn doctor(State(shared): State<Arc<Shared>>) -> Json<Vec<Finding>> {
+    Json(shared.examine().await)
 }
 
 async fn pause(State(shared): State<Arc<Shared>>) -> Json<Value> {

@@ -1,19 +1,20 @@
 //! The node's configuration: `config.toml` in its folder. Every key has a unit, a default and a reason; an unknown key
 //! is refused, since a misspelled limit is no limit.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::contribute::Contribute;
+use crate::control::{Proxy, ProxyError};
 
 /// Where a node listens, what it may use, what it does.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Address of the network interface to listen on. All of them by default: peers must reach us.
+    /// Address of the network interface to listen on. All of them by default, IPv6 and IPv4: peers must reach us.
     pub listen: IpAddr,
     /// TCP and UDP port of the control plane; 0 takes any free one. 4001 by default, as other libp2p programs.
     pub control_port: u16,
@@ -25,6 +26,11 @@ pub struct Config {
     pub external: Vec<String>,
     /// Data-plane addresses at which others reach us, in place of what the interfaces say.
     pub external_data: Vec<SocketAddr>,
+    /// Further multiaddrs to listen on, such as `/ip4/0.0.0.0/tcp/443/ws` on a gateway: most firewalls let port 443 out.
+    pub listen_also: Vec<String>,
+    /// The HTTP proxy through which TCP leaves for public addresses, as `http://[user:password@]host:port`. Empty
+    /// takes the one in `HTTPS_PROXY`; `none` takes none.
+    pub proxy: String,
     /// Find members on the local network by multicast DNS.
     pub mdns: bool,
     /// Ask the router for port mappings.
@@ -51,12 +57,14 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            listen: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            listen: IpAddr::V6(Ipv6Addr::UNSPECIFIED),
             control_port: 4001,
             data_port: 4002,
             api: SocketAddr::from((Ipv4Addr::LOCALHOST, 8399)),
             external: Vec::new(),
             external_data: Vec::new(),
+            listen_also: Vec::new(),
+            proxy: String::new(),
             mdns: true,
             upnp: false,
             device: "auto".into(),
@@ -109,12 +117,31 @@ impl Config {
             path: path.clone(),
             reason: error.to_string(),
         })?;
+        if let Err(error) = config.proxy() {
+            let reason = error.to_string();
+            return Err(ConfigError::Malformed { path, reason });
+        }
         match config.device.as_str() {
             "auto" | "cpu" | "wgpu" => Ok(config),
             other => Err(ConfigError::Malformed {
                 path,
                 reason: format!("device = \"{other}\" is none of \"auto\", \"cpu\", \"wgpu\""),
             }),
+        }
+    }
+}
+
+impl Config {
+    /// The proxy that is to be used, where there is one.
+    ///
+    /// # Errors
+    ///
+    /// [`ProxyError`] for text that is no proxy.
+    pub fn proxy(&self) -> Result<Option<Proxy>, ProxyError> {
+        match self.proxy.as_str() {
+            "" => Ok(Proxy::of_the_environment()),
+            "none" => Ok(None),
+            text => text.parse().map(Some),
         }
     }
 }

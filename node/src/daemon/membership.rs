@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 
 use super::DaemonError;
 use super::acquaintances::Acquaintances;
-use crate::control::{self, ControlConfig, ControlError, ControlHandle, PeerEvent, Service};
+use crate::control::{self, ControlConfig, ControlError, ControlHandle, PeerEvent, Proxy, Service};
 use crate::enrol::{self, Newcomer};
 use crate::gate::Gate;
 use crate::home::Home;
@@ -49,10 +49,16 @@ impl Refusals {
 }
 
 /// Shows the token of `invite` at its doors, one after the other, until one gateway certifies this node.
-pub(super) async fn enrol(home: &Home, seed: [u8; 32], invite: &Invite) -> Result<(), DaemonError> {
+pub(super) async fn enrol(
+    home: &Home,
+    seed: [u8; 32],
+    invite: &Invite,
+    proxy: Option<Proxy>,
+) -> Result<(), DaemonError> {
     let mut config = ControlConfig::loopback(seed);
     // Only to dial from: the node listens once it is a member.
     config.listen = Vec::new();
+    config.proxy = proxy;
     let gate: Arc<dyn Gate> = Arc::new(Newcomer::new(invite));
     let (control, driver) = control::start(config, gate).await?;
     let mut last = None;

@@ -3,14 +3,17 @@
 mod acquaintances;
 mod admin;
 mod config;
+mod doctor;
 mod local;
 mod membership;
 mod models;
 mod network;
+mod probe;
+mod rates;
 mod status;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -25,11 +28,15 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 pub use config::{Config, ConfigError};
+pub use doctor::{Finding, Health};
 pub use local::LocalApi;
-pub use status::{DeviceStatus, FederationStatus, ModelStatus, PeerStatus, RefusalStatus, Status, TrafficStatus};
+pub use probe::{EchoReport, EchoRequest};
+pub use status::{
+    DataPathStatus, DeviceStatus, FederationStatus, ModelStatus, PeerStatus, RefusalStatus, Status, TrafficStatus,
+};
 
 use crate::contribute::{self, ContributeHandle};
-use crate::control::{self, ControlConfig, ControlError, ControlHandle};
+use crate::control::{self, ControlConfig, ControlError, ControlHandle, ProxyError};
 use crate::data::{BlobError, BlobStore, DataConfig, DataError, DataPlane};
 use crate::device::{Device, Process};
 use crate::directory::{self, DirectoryHandle};
@@ -37,6 +44,7 @@ use crate::enrol::EnrolError;
 use crate::gate::{AddressBook, Gate};
 use crate::home::{Home, HomeError, HomeLock, KnownPeer, random_32};
 use crate::members::{Members, MembersError, unix_now};
+use crate::punch;
 use crate::serve::{self, ServeConfig, ServeHandle};
 use crate::store::{DiskStore, StoreError};
 use crate::train::{self, TrainConfig, TrainError, TrainHandle};
@@ -77,6 +85,8 @@ pub enum DaemonError {
     Api { address: SocketAddr, source: io::Error },
     #[error("`contribute.windows` in config.toml is not understood")]
     Window(#[from] polder_protocol::policy::WindowError),
+    #[error("`proxy` in config.toml is not understood")]
+    Proxy(#[from] ProxyError),
     #[error("cannot {what}")]
     System { what: &'static str, source: io::Error },
 }
@@ -116,6 +126,8 @@ pub(crate) struct Shared {
     pub(crate) acquaintances: Acquaintances,
     pub(crate) control: ControlHandle,
     pub(crate) data: DataPlane,
+    pub(crate) puncher: Arc<punch::Puncher>,
+    pub(crate) rates: Arc<rates::Rates>,
     pub(crate) device: Device,
     pub(crate) train: TrainHandle,
     pub(crate) directory: DirectoryHandle,
@@ -157,7 +169,7 @@ impl Daemon {
         let lock = home.lock()?;
         let key = home.node_key()?;
         if let Some(invite) = invite {
-            membership::enrol(&home, key.seed(), invite).await?;
+            membership::enrol(&home, key.seed(), invite, config.proxy()?).await?;
         }
         let members = Arc::new(Members::open(&home)?);
         let gate: Arc<dyn Gate> = Arc::clone(&members) as Arc<dyn Gate>;
@@ -194,6 +206,12 @@ impl Daemon {
         )?;
         planes.listen(train.clone(), stop.clone());
         hang_up_on_the_lost(&control, &data);
+        let puncher = punch::start(
+            control.clone(),
+            data.clone(),
+            config.external_data.clone(),
+            stop.clone(),
+        );
         let directory = directory::start(
             control.clone(),
             KeyPair::from_seed(&key.seed()),
@@ -210,6 +228,7 @@ impl Daemon {
             data.blobs().clone(),
             device.clone(),
         );
+        let rates = rates::watch(data.clone(), stop.clone());
         let policy = contribute::policy(&config.contribute)?;
         let shared = Arc::new(Shared {
             began: Instant::now(),
@@ -220,6 +239,8 @@ impl Daemon {
             acquaintances,
             control,
             data,
+            puncher,
+            rates,
             device,
             train,
             directory,
@@ -315,13 +336,24 @@ async fn start_control(
     data: &DataPlane,
     bootstrap: Vec<(NodeId, Vec<String>)>,
 ) -> Result<ControlHandle, DaemonError> {
-    let family = if config.listen.is_ipv4() { "ip4" } else { "ip6" };
-    let (address, port) = (config.listen, config.control_port);
+    let port = config.control_port;
     let mut plane = ControlConfig::loopback(key.seed());
-    plane.listen = vec![
-        format!("/{family}/{address}/tcp/{port}"),
-        format!("/{family}/{address}/udp/{port}/quic-v1"),
-    ];
+    let every_interface = config.listen == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    let mut hosts = match config.listen {
+        IpAddr::V4(address) => vec![format!("/ip4/{address}")],
+        // Whether there is IPv6 here was found out when the data plane was bound.
+        IpAddr::V6(_) if every_interface && data.local_address().is_ipv4() => Vec::new(),
+        IpAddr::V6(address) => vec![format!("/ip6/{address}")],
+    };
+    if every_interface {
+        // libp2p's sockets speak one family each.
+        hosts.push("/ip4/0.0.0.0".into());
+    }
+    let listen = hosts
+        .iter()
+        .flat_map(|host| [format!("{host}/tcp/{port}"), format!("{host}/udp/{port}/quic-v1")]);
+    plane.listen = listen.chain(config.listen_also.iter().cloned()).collect();
+    plane.proxy = config.proxy()?;
     plane.external.clone_from(&config.external);
     plane.bootstrap = bootstrap;
     plane.mdns = config.mdns;
@@ -400,7 +432,9 @@ async fn serve_api(shared: &Arc<Shared>) -> Result<SocketAddr, DaemonError> {
         what: "write api.json",
         source,
     })?;
-    let router: Router = admin::router(Arc::clone(shared), &api.token).merge(crate::api::router(shared.serve.clone()));
+    let told = Arc::clone(shared);
+    let open = crate::api::router(shared.serve.clone(), Arc::new(move || told.peers()));
+    let router: Router = admin::router(Arc::clone(shared), &api.token).merge(open);
     let stop = shared.stop.clone();
     tokio::spawn(async move {
         let served = axum::serve(listener, router)

@@ -17,7 +17,7 @@ impl AddressBook for LateBook {
     fn data_addresses(&self, peer: NodeId) -> Vec<SocketAddr> {
         self.0
             .get()
-            .map(|control| control.data_addresses(peer))
+            .map(|control| AddressBook::data_addresses(control, peer))
             .unwrap_or_default()
     }
 }

@@ -1,5 +1,9 @@
 //! What a node says of itself to `polder status`.
 
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+
+use polder_protocol::charter::Capabilities;
 use serde::{Deserialize, Serialize};
 
 use super::{Shared, Working};
@@ -89,6 +93,31 @@ pub struct PeerStatus {
     pub agent: String,
     /// Where its data plane answers.
     pub data: Vec<String>,
+    /// What it may do.
+    pub capabilities: String,
+    /// The connection that carries its data, where one stands.
+    pub data_path: Option<DataPathStatus>,
+    /// Bytes of the data plane sent to it over the last seconds, per second.
+    pub sent_bytes_per_second: u64,
+    /// Bytes of the data plane received from it over the last seconds, per second.
+    pub received_bytes_per_second: u64,
+    /// What its gossip was worth: 0 is neutral, below that it sent what it should not have.
+    pub score: i32,
+}
+
+/// A connection of the data plane.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataPathStatus {
+    /// `direct`, `punched` or `relayed`.
+    pub road: String,
+    /// Where the peer is; none inside a relayed stream.
+    pub address: Option<String>,
+    /// The smoothed round trip in microseconds.
+    pub rtt_micros: u64,
+    /// Lost packets of a million that were sent.
+    pub loss_ppm: u64,
+    /// What may be under way, as the congestion control sees it.
+    pub window_bytes: u64,
 }
 
 /// A member that turned the node away.
@@ -201,7 +230,26 @@ impl Shared {
         models.collect()
     }
 
-    fn peers(&self) -> Vec<PeerStatus> {
+    pub(crate) fn peers(&self) -> Vec<PeerStatus> {
+        // Activations tell more of a path than what waits in line; of several links the one in use comes last.
+        let mut paths: BTreeMap<_, DataPathStatus> = BTreeMap::new();
+        let mut links = self.data.links();
+        links.sort_by_key(|link| Reverse(link.class));
+        for link in links {
+            let loss = link
+                .lost_packets
+                .saturating_mul(1_000_000)
+                .checked_div(link.sent_packets);
+            let path = DataPathStatus {
+                road: link.road.name().into(),
+                address: link.remote.map(|address| address.to_string()),
+                rtt_micros: u64::try_from(link.rtt.as_micros()).unwrap_or(u64::MAX),
+                loss_ppm: loss.unwrap_or_default(),
+                window_bytes: link.window_bytes,
+            };
+            paths.insert(link.peer, path);
+        }
+        let rates = self.rates.all();
         let path = |path| match path {
             Path::Direct => "direct",
             Path::Relayed => "relayed",
@@ -220,6 +268,11 @@ impl Shared {
                 rtt_micros: peer.rtt.and_then(|rtt| u64::try_from(rtt.as_micros()).ok()),
                 agent: peer.agent.chars().filter(|letter| !letter.is_control()).collect(),
                 data: peer.data_addresses.iter().map(ToString::to_string).collect(),
+                capabilities: Capabilities(peer.capabilities).to_string(),
+                data_path: paths.remove(&peer.node),
+                sent_bytes_per_second: rates.get(&peer.node).map_or(0, |rate| rate.sent_per_second),
+                received_bytes_per_second: rates.get(&peer.node).map_or(0, |rate| rate.received_per_second),
+                score: peer.score,
             })
             .collect()
     }

@@ -1,8 +1,9 @@
 //! The connections that stand, by peer and class.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use polder_protocol::hash::NodeId;
@@ -10,9 +11,35 @@ use tokio::time::Instant;
 
 use super::error::{Closing, DataError};
 use super::greeting::{Greeted, close};
+use super::roads::is_tunnel;
 use super::settings::{Class, LINKS_PER_PEER_MAX};
 use super::traffic::Counter;
 use crate::gate::{Admitted, Gate};
+
+/// How long after a punch a new connection is taken for its fruit.
+const PUNCH_BEARS: Duration = Duration::from_secs(8);
+
+/// Which way a connection goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Road {
+    /// Straight to an address that answers.
+    Direct,
+    /// Straight, after both routers were made to let it through.
+    Punched,
+    /// Inside a stream of the control plane: through a gateway, or over TCP where UDP is blocked.
+    Relayed,
+}
+
+impl Road {
+    /// The word for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Punched => "punched",
+            Self::Relayed => "relayed",
+        }
+    }
+}
 
 /// One connection whose ends have admitted each other.
 #[derive(Debug)]
@@ -23,13 +50,24 @@ pub(super) struct Link {
     pub(super) counter: Arc<Counter>,
     /// Where the peer sees this node.
     pub(super) seen_as: SocketAddr,
+    pub(super) road: Road,
+    /// Where the peer was when the connection began.
+    pub(super) remote: SocketAddr,
     instance: u64,
     credentials: Bytes,
 }
 
 impl Link {
-    pub(super) fn new(connection: quinn::Connection, class: Class, greeted: Greeted, counter: Arc<Counter>) -> Self {
+    pub(super) fn new(
+        connection: quinn::Connection,
+        class: Class,
+        greeted: Greeted,
+        counter: Arc<Counter>,
+        road: Road,
+    ) -> Self {
         Self {
+            remote: connection.remote_address(),
+            road,
             connection,
             admitted: greeted.admitted,
             class,
@@ -56,14 +94,35 @@ pub(super) struct Links {
     standing: Mutex<BTreeMap<Key, Vec<Arc<Link>>>>,
     // Held while dialling, so that callers who want the same link wait for one dial.
     dialling: Mutex<BTreeMap<Key, Dialling>>,
+    punched: Mutex<BTreeMap<NodeId, Instant>>,
 }
 
 impl Links {
-    /// The newest standing link.
+    /// The newest standing link, straight ones first.
     pub(super) fn find(&self, peer: NodeId, class: Class) -> Option<Arc<Link>> {
         let standing = self.standing();
         let links = standing.get(&(peer, class))?;
-        links.iter().rev().find(|link| link.stands()).cloned()
+        let stands = links.iter().rev().filter(|link| link.stands());
+        stands.min_by_key(|link| link.road == Road::Relayed).cloned()
+    }
+
+    /// A connection with `peer` that comes soon is the fruit of a punch.
+    pub(super) fn expect_punched(&self, peer: NodeId) {
+        let mut punched = self.punched.lock().unwrap_or_else(PoisonError::into_inner);
+        punched.retain(|_, at| at.elapsed() < PUNCH_BEARS);
+        punched.insert(peer, Instant::now());
+    }
+
+    /// Which way a new connection with `peer` goes.
+    pub(super) fn road(&self, peer: NodeId, remote: SocketAddr) -> Road {
+        let punched = self.punched.lock().unwrap_or_else(PoisonError::into_inner);
+        match remote.ip().to_canonical() {
+            _ if is_tunnel(remote) => Road::Relayed,
+            // A neighbour behind the same router needs no hole.
+            IpAddr::V4(ip) if ip.is_private() => Road::Direct,
+            _ if punched.get(&peer).is_some_and(|at| at.elapsed() < PUNCH_BEARS) => Road::Punched,
+            _ => Road::Direct,
+        }
     }
 
     pub(super) fn add(&self, link: Arc<Link>) {
@@ -79,7 +138,9 @@ impl Links {
         let links = standing.entry((peer, link.class)).or_default();
         links.retain(|link| link.stands());
         if links.len() >= LINKS_PER_PEER_MAX {
-            let oldest = links.remove(0);
+            // The detours go first: what they were for stands.
+            let place = links.iter().position(|link| link.road == Road::Relayed).unwrap_or(0);
+            let oldest = links.remove(place);
             close(&oldest.connection, Closing::Replaced, "too many connections");
         }
         links.push(link);

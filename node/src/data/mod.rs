@@ -5,18 +5,24 @@
 //! for, [`Class::Bulk`] for what is large, so that neither holds up the other.
 
 mod blobs;
+mod detour;
 mod error;
 mod frames;
 mod greeting;
 mod links;
 mod plane;
+mod report;
+mod roads;
 mod settings;
 mod tls;
 mod traffic;
 
 pub use blobs::{BlobError, BlobStore, Fetch, FetchError, Keep, Progress};
+pub use detour::{Detour, TunnelStream};
 pub use error::{DataError, StreamEnd};
 pub use frames::{FrameReceiver, FrameSender};
+pub use links::Road;
 pub use plane::{DataPlane, IncomingStream};
+pub use report::LinkReport;
 pub use settings::{Class, DataConfig, Service};
 pub use traffic::PeerTraffic;

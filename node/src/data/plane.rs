@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, UdpSocket};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,10 +16,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::blobs::{self, BlobStore, Fetches};
+use super::detour::{Detour, STRAIGHT_FIRST};
 use super::error::{Closing, DataError, StreamEnd, lost};
 use super::frames::{FrameReceiver, FrameSender, KIND_OPENING};
 use super::greeting::{self, Greeted, Greeting};
-use super::links::{Link, Links};
+use super::links::{Link, Links, Road};
+use super::roads::{Roads, is_tunnel};
 use super::settings::{
     ADDRESS_STAGGER, ADDRESSES_MAX, Class, DataConfig, ECHO_BYTES_MAX, ECHOES_MAX, HANDSHAKES_MAX,
     HANDSHAKES_UNPROVEN_MAX, INCOMING_MAX, RECHECK_EVERY, Service, welcome,
@@ -44,6 +46,8 @@ pub(super) struct Inner {
     // The same socket as the endpoint's, for packets that are not QUIC.
     socket: UdpSocket,
     local_address: SocketAddr,
+    pub(super) roads: Arc<Roads>,
+    pub(super) detour: OnceLock<Arc<dyn Detour>>,
     instance: u64,
     gate: Arc<dyn Gate>,
     book: Arc<dyn AddressBook>,
@@ -51,7 +55,7 @@ pub(super) struct Inner {
     pub(super) fetches: Fetches,
     pub(super) sending_chunks: Semaphore,
     echoes: Semaphore,
-    links: Links,
+    pub(super) links: Links,
     traffic: Traffic,
     services: Mutex<BTreeMap<Service, mpsc::Sender<IncomingStream>>>,
     pub(super) stop: CancellationToken,
@@ -71,6 +75,22 @@ pub struct IncomingStream {
     pub sender: FrameSender,
     /// From the peer.
     pub receiver: FrameReceiver,
+}
+
+/// One way to a peer.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Way {
+    Straight(SocketAddr),
+    Tunnel,
+}
+
+impl std::fmt::Display for Way {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Straight(address) => address.fmt(f),
+            Self::Tunnel => f.write_str("through the control plane"),
+        }
+    }
 }
 
 impl std::fmt::Debug for DataPlane {
@@ -110,7 +130,10 @@ impl DataPlane {
             address,
             reason: "no tokio runtime".to_owned(),
         })?;
-        let endpoint = Endpoint::new(tls::endpoint(&config.seed), Some(server), socket, runtime).map_err(listen)?;
+        let roads = Arc::new(Roads::new(runtime.wrap_udp_socket(socket).map_err(listen)?).map_err(listen)?);
+        let below = Arc::clone(&roads) as Arc<dyn quinn::AsyncUdpSocket>;
+        let endpoint = Endpoint::new_with_abstract_socket(tls::endpoint(&config.seed), Some(server), below, runtime)
+            .map_err(listen)?;
         let local_address = endpoint.local_addr().map_err(listen)?;
         let plane = Self {
             inner: Arc::new(Inner {
@@ -119,6 +142,8 @@ impl DataPlane {
                 endpoint,
                 socket: own,
                 local_address,
+                roads,
+                detour: OnceLock::new(),
                 instance: getrandom::u64().unwrap_or_default(),
                 gate,
                 book,
@@ -239,7 +264,8 @@ impl DataPlane {
     /// Where peers see this node's data port. Equal answers of several peers mean that a router maps it to one port.
     pub fn seen_as(&self) -> Vec<(NodeId, SocketAddr)> {
         let links = self.inner.links.all();
-        links.iter().map(|link| (link.admitted.node, link.seen_as)).collect()
+        let straight = links.iter().filter(|link| link.road != Road::Relayed);
+        straight.map(|link| (link.admitted.node, link.seen_as)).collect()
     }
 
     /// Sends one packet that is not QUIC to each address from the data port, so that a router in front of this node
@@ -249,7 +275,20 @@ impl DataPlane {
         let packet = [0; 48];
         for address in addresses.iter().take(ADDRESSES_MAX) {
             // A full socket buffer loses it, as the network may.
-            self.inner.socket.send_to(&packet, address).ok();
+            self.inner
+                .socket
+                .send_to(&packet, self.as_the_socket_says(*address))
+                .ok();
+        }
+    }
+
+    /// A socket of both families writes IPv4 addresses in the form of IPv6.
+    fn as_the_socket_says(&self, address: SocketAddr) -> SocketAddr {
+        match (self.inner.local_address, address) {
+            (SocketAddr::V6(_), SocketAddr::V4(address)) => {
+                SocketAddr::new(address.ip().to_ipv6_mapped().into(), address.port())
+            }
+            _ => address,
         }
     }
 
@@ -358,49 +397,90 @@ impl DataPlane {
     async fn dial(&self, peer: NodeId, class: Class, first: &[SocketAddr]) -> Result<Arc<Link>, DataError> {
         let mut addresses: Vec<SocketAddr> = Vec::new();
         for address in first.iter().copied().chain(self.inner.book.data_addresses(peer)) {
-            if !addresses.contains(&address) && addresses.len() < ADDRESSES_MAX {
+            // A peer that names a tunnel's address means another tunnel.
+            if !addresses.contains(&address) && addresses.len() < ADDRESSES_MAX && !is_tunnel(address) {
                 addresses.push(address);
             }
         }
-        if addresses.is_empty() {
+        let mut ways: Vec<(Duration, Way)> = addresses
+            .into_iter()
+            .zip(0u32..)
+            .map(|(address, place)| (ADDRESS_STAGGER * place, Way::Straight(address)))
+            .collect();
+        if let Some(detour) = self.inner.detour.get() {
+            let at_once = ways.is_empty() || detour.likely(peer);
+            ways.push((if at_once { Duration::ZERO } else { STRAIGHT_FIRST }, Way::Tunnel));
+        }
+        if ways.is_empty() {
             return Err(DataError::NoAddress { peer });
         }
+        let link = self.race(peer, class, ways).await?;
+        if link.road == Road::Relayed
+            && let Some(detour) = self.inner.detour.get()
+        {
+            detour.taken(peer);
+        }
+        Ok(link)
+    }
+
+    /// Tries all ways, each after its delay; the first that leads to `peer` wins.
+    pub(super) async fn race(
+        &self,
+        peer: NodeId,
+        class: Class,
+        ways: Vec<(Duration, Way)>,
+    ) -> Result<Arc<Link>, DataError> {
         let client = self.inner.identity.client(&self.inner.config, peer, class)?;
-        let mut attempts: FuturesUnordered<_> = addresses
-            .iter()
-            .zip(0u32..)
-            .map(|(address, place)| {
+        let mut attempts: FuturesUnordered<_> = ways
+            .into_iter()
+            .map(|(delay, way)| {
                 let client = client.clone();
                 async move {
-                    tokio::time::sleep(ADDRESS_STAGGER * place).await;
-                    let attempt = timeout(
-                        self.inner.config.greeting_max,
-                        self.dial_one(peer, class, *address, client),
-                    )
+                    tokio::time::sleep(delay).await;
+                    let attempt = timeout(self.inner.config.greeting_max, async {
+                        match way {
+                            Way::Straight(address) => self.dial_one(peer, class, address, client).await,
+                            Way::Tunnel => self.dial_around(peer, class, client).await,
+                        }
+                    })
                     .await;
                     let outcome = attempt.unwrap_or(Err(DataError::Stalled {
                         peer,
                         what: "to greet",
                         after: self.inner.config.greeting_max,
                     }));
-                    (*address, outcome)
+                    (way, outcome)
                 }
             })
             .collect();
         let mut tried = Vec::new();
-        while let Some((address, outcome)) = attempts.next().await {
+        while let Some((way, outcome)) = attempts.next().await {
             match outcome {
                 Ok(link) => return Ok(link),
                 // The peer's own word, wherever it was met.
                 Err(error @ (DataError::RefusedByPeer { .. } | DataError::RefusedByUs { .. })) => return Err(error),
-                Err(DataError::Lost { reason, .. }) => tried.push(format!("{address}: {reason}")),
-                Err(error) => tried.push(format!("{address}: {error}")),
+                Err(DataError::Lost { reason, .. }) => tried.push(format!("{way}: {reason}")),
+                Err(error) => tried.push(format!("{way}: {error}")),
             }
         }
         Err(DataError::Unreachable {
             peer,
             tried: tried.join("; "),
         })
+    }
+
+    async fn dial_around(
+        &self,
+        peer: NodeId,
+        class: Class,
+        client: quinn::ClientConfig,
+    ) -> Result<Arc<Link>, DataError> {
+        let address = self.dig(peer).await?;
+        let link = self.dial_one(peer, class, address, client).await;
+        if link.is_err() {
+            self.inner.roads.close(address);
+        }
+        link
     }
 
     async fn dial_one(
@@ -488,14 +568,21 @@ impl DataPlane {
         Greeting {
             class,
             instance: self.inner.instance,
-            you_are: connection.remote_address(),
+            you_are: {
+                let remote = connection.remote_address();
+                SocketAddr::new(remote.ip().to_canonical(), remote.port())
+            },
         }
     }
 
     /// Enters a link whose ends have admitted each other, and answers its streams.
     fn admit(&self, connection: Connection, class: Class, greeted: Greeted) -> Arc<Link> {
         let counter = self.inner.traffic.counter(greeted.admitted.node, class);
-        let link = Arc::new(Link::new(connection, class, greeted, counter));
+        let road = self
+            .inner
+            .links
+            .road(greeted.admitted.node, connection.remote_address());
+        let link = Arc::new(Link::new(connection, class, greeted, counter, road));
         self.inner.links.add(link.clone());
         let answered = link.clone();
         self.spawn(move |plane| async move {
@@ -504,6 +591,7 @@ impl DataPlane {
                 plane.spawn(move |plane| async move { plane.answer_stream(&link, send, receive).await });
             }
             plane.inner.links.remove(&answered);
+            plane.inner.roads.close(answered.remote);
         });
         link
     }

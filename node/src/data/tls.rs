@@ -1,6 +1,7 @@
 //! TLS bound to the node's ed25519 key, and what else of the endpoint follows from it.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 
 use libp2p::PeerId;
@@ -69,9 +70,14 @@ pub(super) fn endpoint(seed: &[u8; 32]) -> EndpointConfig {
 }
 
 /// Binds the UDP socket with large kernel buffers.
+///
+/// `[::]` means both families; on a machine without IPv6 it means IPv4.
 pub(super) fn bind(address: SocketAddr) -> Result<UdpSocket, DataError> {
-    let attempt = || -> std::io::Result<UdpSocket> {
+    let attempt = |address: SocketAddr| -> std::io::Result<UdpSocket> {
         let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+        if address.is_ipv6() && address.ip().is_unspecified() {
+            socket.set_only_v6(false)?;
+        }
         // Smaller buffers cost throughput and nothing else.
         socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES).ok();
         socket.set_send_buffer_size(SOCKET_BUFFER_BYTES).ok();
@@ -84,7 +90,13 @@ pub(super) fn bind(address: SocketAddr) -> Result<UdpSocket, DataError> {
         socket.bind(&address.into())?;
         Ok(socket.into())
     };
-    attempt().map_err(|error| DataError::Listen {
+    let bound = match attempt(address) {
+        Err(error) if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) && error.kind() != ErrorKind::AddrInUse => {
+            attempt(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port()))
+        }
+        bound => bound,
+    };
+    bound.map_err(|error| DataError::Listen {
         address,
         reason: error.to_string(),
     })

@@ -33,6 +33,8 @@ pub enum Service {
     Revocations,
     /// The federation's charter and epochs.
     Federation,
+    /// A straight way between two data planes: a [`super::Punch`].
+    Punch,
 }
 
 impl Service {

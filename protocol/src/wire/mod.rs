@@ -7,6 +7,7 @@
 mod byte_string;
 mod control;
 mod frame;
+mod punch;
 
 use alloc::vec::Vec;
 use core::ops::RangeInclusive;
@@ -17,6 +18,7 @@ use thiserror::Error;
 
 pub use control::{Envelope, Farewell, Greeting, Hello, PeerHint, Refusal, Reply, Request, Service};
 pub use frame::{FRAME_BYTES, FRAME_HEADER_BYTES_MAX, FRAME_PAYLOAD_BYTES_MAX, FrameHeader};
+pub use punch::{Offer, Punch, Standing};
 
 /// The version that this node writes.
 pub const VERSION: u16 = 1;

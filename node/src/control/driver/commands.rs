@@ -11,7 +11,7 @@ use polder_protocol::wire::{self, Envelope, Request};
 
 use super::{Asked, Driver, refuse_id, unreachable};
 use crate::control::ControlError;
-use crate::control::address::peer_of;
+use crate::control::address::{is_relayed, peer_of};
 use crate::control::behaviour::topic_score;
 use crate::control::handle::Command;
 use crate::control::meetings::Waiting;
@@ -95,13 +95,16 @@ impl Driver {
         let Some(peer) = peer_of(node) else {
             return self.fail_waiting(node, || unreachable(node, "its id is not a key"));
         };
+        let (around, straight): (Vec<_>, Vec<_>) = self.meetings.addresses(node).into_iter().partition(is_relayed);
         let options = DialOpts::peer_id(peer)
-            .addresses(self.meetings.addresses(node))
+            .addresses(straight)
             .extend_addresses_through_behaviour()
             .condition(PeerCondition::DisconnectedAndNotDialing)
             .build();
         match self.swarm.dial(options) {
-            Ok(()) | Err(DialError::DialPeerConditionFalse(_)) => {}
+            Ok(()) => self.go_around_later(node, around),
+            Err(DialError::DialPeerConditionFalse(_)) => {}
+            Err(DialError::NoAddresses) if self.go_around(node, around) => {}
             Err(DialError::NoAddresses) => {
                 // Perhaps the routing table leads there; a later try finds what it learnt.
                 self.swarm.behaviour_mut().kad.get_closest_peers(peer);

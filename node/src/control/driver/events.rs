@@ -2,17 +2,15 @@
 
 use std::time::Instant;
 
-use libp2p::multiaddr::Protocol;
 use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
-use libp2p::{PeerId, autonat, gossipsub, mdns, ping};
-use polder_protocol::charter::Capabilities;
+use libp2p::{PeerId, gossipsub, mdns, ping};
 use tokio::sync::mpsc;
 
 use super::{Driver, unreachable};
-use crate::control::address::{ip_of, is_relayed, node_of, peer_of, readable};
+use crate::control::address::{ip_of, is_relayed, node_of, peer_of};
 use crate::control::behaviour::BehaviourEvent;
 use crate::control::shared::{lock, unix_now};
-use crate::control::{Path, PeerEvent, PeerRecord};
+use crate::control::{Path, PeerEvent};
 
 impl Driver {
     pub(super) fn on_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
@@ -46,25 +44,29 @@ impl Driver {
                 if let Some(node) = node_of(&peer)
                     && !self.meetings.present.contains_key(&node)
                     && !matches!(error, DialError::DialPeerConditionFalse(_))
+                    && !self.goes_on_around(node)
                 {
                     self.meetings.failed(node, now);
                     let reason = error.to_string();
                     self.fail_waiting(node, || unreachable(node, &reason));
                 }
             }
-            SwarmEvent::NewListenAddr { address, .. } => {
-                let mut addresses = lock(&self.shared.listen_addresses);
-                let address = address.to_string();
-                if !addresses.contains(&address) {
-                    addresses.push(address);
-                }
-            }
-            SwarmEvent::ExpiredListenAddr { address, .. } => {
-                let address = address.to_string();
-                lock(&self.shared.listen_addresses).retain(|known| *known != address);
-            }
+            SwarmEvent::NewListenAddr { address, .. } => self.on_new_address(address, now),
+            SwarmEvent::ExpiredListenAddr { address, .. } => self.on_lost_address(&address, now),
+            SwarmEvent::ListenerClosed { listener_id, .. } => self.reach.closed(listener_id, now),
             SwarmEvent::ListenerError { error, .. } => tracing::warn!(%error, "a listener failed"),
             _ => {}
+        }
+    }
+
+    /// Writes down what everybody's gossip is worth.
+    pub(super) fn score(&mut self) {
+        let gossip = &self.swarm.behaviour().gossip;
+        for node in self.meetings.present.keys() {
+            if let Some(score) = peer_of(*node).and_then(|peer| gossip.peer_score(&peer)) {
+                // Scores beyond a few thousand mean the same.
+                self.shared.change(*node, |record| record.score = score as i32);
+            }
         }
     }
 
@@ -81,6 +83,7 @@ impl Driver {
             let _ = self.swarm.disconnect_peer_id(peer);
             return;
         };
+        self.arrived(node);
         if let Some(stranger) = self.meetings.connected(node, connection, seen, now) {
             self.disconnect(stranger);
         }
@@ -112,9 +115,6 @@ impl Driver {
         };
         self.early.retain(|(from, ..)| *from != node);
         self.fail_waiting(node, || unreachable(node, reason));
-        if self.relayed_by == Some(node) {
-            self.relayed_by = None;
-        }
         if meeting.member.is_some() && self.shared.is_present(node) {
             self.shared.change(node, |record| record.path = Path::Lost);
             self.shared.tell(PeerEvent::Left {
@@ -181,29 +181,7 @@ impl Driver {
                     }
                 }
             }
-            BehaviourEvent::Reachable(autonat::v2::client::Event { result: Err(_), .. }) => self.ask_for_a_relay(),
             _ => {}
-        }
-    }
-
-    /// Listens through a member that relays, once this node knows that it cannot be reached.
-    pub(super) fn ask_for_a_relay(&mut self) {
-        if self.relayed_by.is_some() {
-            return;
-        }
-        let relays = |record: &PeerRecord| Capabilities(record.capabilities).has(Capabilities::RELAY);
-        let record = lock(&self.shared.peers)
-            .values()
-            .find(|record| relays(record) && record.path == Path::Direct)
-            .cloned();
-        let Some(record) = record else { return };
-        let Some(peer) = peer_of(record.node) else { return };
-        for address in readable(&record.control_addresses) {
-            let circuit = address.with(Protocol::P2p(peer)).with(Protocol::P2pCircuit);
-            if self.swarm.listen_on(circuit).is_ok() {
-                self.relayed_by = Some(record.node);
-                return;
-            }
         }
     }
 }

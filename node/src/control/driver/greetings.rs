@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
+use libp2p::Multiaddr;
 use libp2p::swarm::ConnectionId;
 use polder_protocol::hash::NodeId;
 use polder_protocol::wire::{
@@ -10,7 +11,7 @@ use polder_protocol::wire::{
 };
 
 use super::{Asked, Driver, RECHECK, unreachable};
-use crate::control::address::{data_addresses, peer_of, readable};
+use crate::control::address::{data_addresses, ip_of, is_public, is_relayed, peer_of, readable};
 use crate::control::behaviour::AGENT;
 use crate::control::meetings::{Member, REFUSED_STAYS};
 use crate::control::shared::{lock, unix_now};
@@ -21,6 +22,9 @@ impl Driver {
         let listening = lock(&self.shared.listen_addresses).clone();
         let mut control_addresses: Vec<String> = self.swarm.external_addresses().map(ToString::to_string).collect();
         control_addresses.extend(listening);
+        // Others on this machine know it by 127.0.0.1, so that stays, last; what is told twice goes.
+        control_addresses.sort_by_cached_key(|address| rank(address));
+        control_addresses.dedup();
         control_addresses.truncate(ADDRESSES_MAX);
         let mut data_addresses = lock(&self.shared.data_addresses).clone();
         data_addresses.truncate(ADDRESSES_MAX);
@@ -116,6 +120,7 @@ impl Driver {
             data_addresses: data_addresses(&hello.data_addresses, meeting.seen),
             rtt,
             path: if relayed { Path::Relayed } else { Path::Direct },
+            score: 0,
             last_seen: unix_now(),
         };
         meeting.member = Some(Member {
@@ -311,4 +316,18 @@ impl Driver {
             self.show_out(node, reason, now);
         }
     }
+}
+
+/// Straight public addresses first, then circuits, then those of one network or one machine.
+fn rank(address: &str) -> (u8, String) {
+    let place = match address.parse::<Multiaddr>() {
+        Ok(address) if is_relayed(&address) => 1,
+        Ok(address) => match ip_of(&address) {
+            Some(ip) if ip.is_loopback() => 3,
+            Some(ip) if !is_public(ip) => 2,
+            Some(_) | None => 0,
+        },
+        Err(_) => 4,
+    };
+    (place, address.to_owned())
 }

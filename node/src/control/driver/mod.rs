@@ -3,6 +3,7 @@
 mod commands;
 mod events;
 mod greetings;
+mod reach;
 mod requests;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -69,6 +70,13 @@ pub(super) async fn start(
     let shared = Arc::new(Shared::new(node, config.data_addresses.clone()));
     let mut swarm = build(keypair, &config, &shared)?;
     listen(&mut swarm, &config, &shared).await?;
+    if config.relay_server {
+        let listening = lock(&shared.listen_addresses).clone();
+        multiaddresses(&listening)?
+            .into_iter()
+            .filter(reach::is_worth_telling)
+            .for_each(|address| swarm.add_external_address(address));
+    }
     for address in multiaddresses(&config.external)? {
         swarm.add_external_address(address);
     }
@@ -77,6 +85,7 @@ pub(super) async fn start(
         meetings.remember_bootstrap(*node, multiaddresses(addresses)?);
     }
     let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
+    let streams = swarm.behaviour().streams.new_control();
     let driver = Driver {
         peers_target: config.peers_target,
         // Without random numbers a restart is noticed only when the old connections end.
@@ -90,9 +99,14 @@ pub(super) async fn start(
         replies: FuturesUnordered::new(),
         early: VecDeque::new(),
         rechecked: Instant::now(),
-        relayed_by: None,
+        reach: reach::Reach::new(config.relay_server),
     };
-    Ok((ControlHandle { shared, commands }, tokio::spawn(driver.run(inbox))))
+    let handle = ControlHandle {
+        shared,
+        commands,
+        streams,
+    };
+    Ok((handle, tokio::spawn(driver.run(inbox))))
 }
 
 async fn listen(swarm: &mut Swarm<Behaviour>, config: &ControlConfig, shared: &Shared) -> Result<(), ControlError> {
@@ -155,8 +169,7 @@ struct Driver {
     replies: FuturesUnordered<Reached>,
     early: VecDeque<(NodeId, Request, ResponseChannel<Reply>)>,
     rechecked: Instant,
-    /// The member through which this node may be reached, where it asked one.
-    relayed_by: Option<NodeId>,
+    reach: reach::Reach,
 }
 
 impl Driver {
@@ -194,9 +207,11 @@ impl Driver {
         let leaving: Vec<NodeId> = leaving.map(|(node, _)| *node).collect();
         leaving.into_iter().for_each(|node| self.disconnect(node));
         if now.saturating_duration_since(self.rechecked) >= RECHECK {
+            self.score();
             self.rechecked = now;
             self.recheck(now);
         }
+        self.keep_reachable(now);
         let topics: Vec<String> = lock(&self.shared.topics).keys().cloned().collect();
         topics.iter().for_each(|topic| self.subscribe(topic));
         if self.gate.credentials().is_empty() {

@@ -1,4 +1,4 @@
-//! `polder bench`: how fast this machine is.
+//! `polder bench engine`: how fast this machine is.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -11,47 +11,34 @@ use serde::Serialize;
 
 use crate::context::Context;
 
-/// Arguments of `polder bench`.
+/// Arguments of `polder bench engine`.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Arguments {
-    #[command(subcommand)]
-    what: What,
-}
-
-#[derive(Debug, clap::Subcommand)]
-enum What {
-    /// Measure how fast the CPU serves a model
-    ///
-    /// Prints tokens a second of one session that decodes, of a prompt in one piece, and of several sessions that
-    /// decode together, and the time from the start of a process to its first token. Figures are medians. The peer's
-    /// figures come from kernels/benches/peers/beside_llama_cpp.py.
-    Engine {
-        /// A GGUF file, or a folder with config.json, safetensors and tokenizer.json
-        model: PathBuf,
-        /// Threads that compute [default: one per core]
-        #[arg(long, value_parser = clap::value_parser!(u16).range(1..=4096))]
-        threads: Option<u16>,
-        /// Tokens that a session decodes
-        #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
-        decode: u32,
-        /// Tokens of the prompt
-        #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
-        prefill: u32,
-        /// Sessions that decode together
-        #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=256))]
-        sessions: u32,
-        /// How often each figure is taken
-        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
-        repeats: u32,
-        /// Load, answer one question and end: what the time to the first token is taken of
-        #[arg(long, hide = true)]
-        first_token: bool,
-    },
+pub(super) struct Arguments {
+    /// A GGUF file, or a folder with config.json, safetensors and tokenizer.json
+    model: PathBuf,
+    /// Threads that compute [default: one per core]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    threads: Option<u16>,
+    /// Tokens that a session decodes
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    decode: u32,
+    /// Tokens of the prompt
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    prefill: u32,
+    /// Sessions that decode together
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=256))]
+    sessions: u32,
+    /// How often each figure is taken
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    repeats: u32,
+    /// Load, answer one question and end: what the time to the first token is taken of
+    #[arg(long, hide = true)]
+    first_token: bool,
 }
 
 /// Does what was asked.
-pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()> {
-    let What::Engine {
+pub(super) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()> {
+    let Arguments {
         model,
         threads,
         decode,
@@ -59,7 +46,7 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
         sessions,
         repeats,
         first_token,
-    } = arguments.what;
+    } = arguments;
     let plan = Plan {
         threads: threads.map(usize::from),
         decode_tokens: decode,
