@@ -5,6 +5,7 @@ mod support;
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -179,17 +180,23 @@ fn serve_proxy(mut inside: TcpStream) -> Option<()> {
     Some(())
 }
 
+/// Two laboratories at a time would measure each other.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
 /// A federation in a laboratory. The first nodes are its gateways. Nodes end before their networks do.
 struct Town {
     nodes: Vec<(Node, Host)>,
     ids: BTreeMap<String, String>,
     lab: Lab,
     root: tempfile::TempDir,
+    _alone: MutexGuard<'static, ()>,
 }
 
 impl Town {
     /// A federation of so many gateways, or `None` where this machine cannot have a laboratory; it says why.
     fn new(gateways: usize) -> Option<Self> {
+        // A test that has failed has said so.
+        let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let lab = match Lab::new() {
             Ok(lab) => lab,
             Err(reason) => {
@@ -203,6 +210,7 @@ impl Town {
             ids: BTreeMap::new(),
             lab,
             root,
+            _alone: alone,
         };
         for number in 0..gateways {
             let name = format!("gateway-{number}");
