@@ -205,7 +205,10 @@ fn a_port_in_use_is_named() {
 fn garbage_on_both_ports_is_ignored() {
     let folder = tempfile::tempdir().unwrap();
     let nodes = federation(folder.path(), "Leiden", &[("a", ""), ("b", "")]);
-    let status = nodes[0].verb(&["status"]);
+    let status = wait_for("the members to meet", Duration::from_secs(20), || {
+        let status = nodes[0].verb(&["status"]);
+        (status["peers"].as_array()?.len() == 1).then_some(status)
+    });
     let control = status["control"].as_array().unwrap().iter().find_map(|address| {
         let (_, port) = address.as_str().unwrap().split_once("/tcp/")?;
         port.split('/').next().unwrap().parse::<u16>().ok()
