@@ -32,7 +32,7 @@ pub(super) fn open(path: &Path) -> Result<ModelSource, WeightsError> {
         name: model_name(path),
         config_path: path.to_owned(),
         config_json: serde_json::to_string_pretty(&config).unwrap_or_default(),
-        tokenizer_json: json.to_string().into_bytes(),
+        tokenizer_json: json,
         chat_template,
         end_tokens,
         begin_token,

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
+use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Map, Value, json};
 
 use super::WeightsError;
@@ -10,7 +11,7 @@ use super::gguf_model::GgufFile;
 /// What a GGUF file says of text.
 pub(super) struct GgufTokenizer {
     /// A `tokenizer.json`.
-    pub(super) json: Value,
+    pub(super) json: Vec<u8>,
     pub(super) chat_template: Option<String>,
     pub(super) end_tokens: Vec<u32>,
     /// The token that begins a text, where the tokenizer adds one.
@@ -79,10 +80,11 @@ pub(super) fn build(file: &GgufFile) -> Result<GgufTokenizer, WeightsError> {
             return Err(file.feature(format!("tokenizer model `{other}` (gpt2 and llama are)")));
         }
     };
-    let mut json = if is_spm {
-        sentence_pieces(file, &tokens, &vocabulary, &kinds)?
+    let (mut json, merges) = if is_spm {
+        (sentence_pieces(file, &tokens, &vocabulary, &kinds)?, None)
     } else {
-        byte_level(file, &tokens, &vocabulary)?
+        let (json, merges) = byte_level(file)?;
+        (json, Some(merges))
     };
     let added: Vec<Value> = tokens
         .iter()
@@ -131,6 +133,10 @@ pub(super) fn build(file: &GgufFile) -> Result<GgufTokenizer, WeightsError> {
     }
     end_tokens.sort_unstable();
     end_tokens.dedup();
+    let json = match (&merges, json) {
+        (Some(merges), Value::Object(rest)) => written(rest, &tokens, merges)?,
+        (_, json) => json.to_string().into_bytes(),
+    };
     Ok(GgufTokenizer {
         json,
         chat_template: file.text("tokenizer.chat_template")?.map(str::to_owned),
@@ -153,7 +159,11 @@ fn vocabulary<'a>(file: &GgufFile, tokens: &[&'a str]) -> Result<HashMap<&'a str
     Ok(vocabulary)
 }
 
-fn byte_level(file: &GgufFile, tokens: &[&str], vocabulary: &HashMap<&str, u32>) -> Result<Value, WeightsError> {
+/// Two texts that are merged.
+type Merge<'a> = (&'a str, &'a str);
+
+/// A `tokenizer.json` whose model lacks vocabulary and merges, and the merges.
+fn byte_level(file: &GgufFile) -> Result<(Value, Vec<Merge<'_>>), WeightsError> {
     let pairs = file
         .texts("tokenizer.ggml.merges")?
         .ok_or_else(|| file.missing("tokenizer.ggml.merges"))?;
@@ -167,7 +177,7 @@ fn byte_level(file: &GgufFile, tokens: &[&str], vocabulary: &HashMap<&str, u32>)
                 reason: format!("merge `{}` is not a pair", pair.chars().take(40).collect::<String>()),
             });
         };
-        merges.push(json!([left, right]));
+        merges.push((left, right));
     }
     let name = file.text("tokenizer.ggml.pre")?.unwrap_or("default");
     let cut = cut_named(name).ok_or_else(|| {
@@ -193,17 +203,54 @@ fn byte_level(file: &GgufFile, tokens: &[&str], vocabulary: &HashMap<&str, u32>)
     let model = json!({
         "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
         "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": ignore_merges,
-        "vocab": vocabulary_json(tokens, vocabulary), "merges": merges,
     });
     let post_processor =
         json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": false, "use_regex": true});
-    Ok(tokenizer_json(
-        model,
-        normalizer,
-        pre_tokenizer,
-        post_processor,
-        bytes(true),
-    ))
+    let json = tokenizer_json(model, normalizer, pre_tokenizer, post_processor, bytes(true));
+    Ok((json, merges))
+}
+
+/// The text of a byte-level tokenizer. Vocabulary and merges, a hundred thousand texts, are written as they stand in the
+/// file, without a value for each.
+fn written(mut rest: Map<String, Value>, tokens: &[&str], merges: &[Merge<'_>]) -> Result<Vec<u8>, WeightsError> {
+    struct Vocabulary<'a>(&'a [&'a str]);
+    impl Serialize for Vocabulary<'_> {
+        fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            serializer.collect_map(self.0.iter().zip(0u32..))
+        }
+    }
+    struct Model<'a>(&'a Map<String, Value>, Vocabulary<'a>, &'a [Merge<'a>]);
+    impl Serialize for Model<'_> {
+        fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            let mut map = serializer.serialize_map(None)?;
+            for (key, value) in self.0 {
+                map.serialize_entry(key, value)?;
+            }
+            map.serialize_entry("vocab", &self.1)?;
+            map.serialize_entry("merges", self.2)?;
+            map.end()
+        }
+    }
+    struct Whole<'a>(&'a Map<String, Value>, Model<'a>);
+    impl Serialize for Whole<'_> {
+        fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            let mut map = serializer.serialize_map(None)?;
+            for (key, value) in self.0 {
+                map.serialize_entry(key, value)?;
+            }
+            map.serialize_entry("model", &self.1)?;
+            map.end()
+        }
+    }
+    let model = match rest.remove("model") {
+        Some(Value::Object(model)) => model,
+        _ => Map::new(),
+    };
+    let whole = Whole(&rest, Model(&model, Vocabulary(tokens), merges));
+    serde_json::to_vec(&whole).map_err(|error| WeightsError::Json {
+        path: "tokenizer.json".into(),
+        reason: error.to_string(),
+    })
 }
 
 /// SentencePiece's byte pair encoding: pieces have scores in place of merges. Every way to make a piece of two others is
