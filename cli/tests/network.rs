@@ -62,6 +62,36 @@ fn every_kind_of_network_reaches_every_other() {
             );
         }
     }
+    for (name, what, health, words, ask) in [
+        ("open", "address", "good", "public: ", None),
+        ("cone-a", "UDP", "good", "comes back", None),
+        ("cone-a", "address", "good", "keeps one port", None),
+        (
+            "symmetric-a",
+            "address",
+            "fair",
+            "another port for every peer",
+            Some("forward UDP port 4002"),
+        ),
+        ("no-udp", "UDP", "bad", "inside TCP", Some("allow outgoing UDP")),
+        ("proxy-only", "gateways", "good", "through http://192.168.", None),
+        ("ipv6-only", "IPv6", "good", "2001:db8::", None),
+    ] {
+        let findings = town.node(name).verb(&["doctor"])["findings"].clone();
+        let found = findings
+            .as_array()
+            .and_then(|all| all.iter().find(|finding| finding["what"] == what))
+            .cloned();
+        let found = found.unwrap_or_else(|| panic!("{name} says nothing of {what}: {findings}"));
+        println!("{name}: {found}");
+        assert_eq!(found["health"], health, "{name}: {found}");
+        assert!(found["words"].as_str().unwrap().contains(words), "{name}: {found}");
+        assert_eq!(found["ask"].is_string(), ask.is_some(), "{name}: {found}");
+        assert!(
+            ask.is_none_or(|ask| found["ask"].as_str().unwrap().contains(ask)),
+            "{name}: {found}"
+        );
+    }
     // Punches have had their time by now: those that can be straight are.
     for (from, to, _) in begun
         .iter()
