@@ -8,7 +8,7 @@ use polder_kernels::device::Device;
 use polder_kernels::model::{Config, layout};
 use polder_kernels::stage::{Input, Output, ServeStage, StageError, Step, Want};
 use polder_kernels::train::{TrainData, TrainStage, initial_parameters};
-use polder_kernels::weights::{Exported, ImportedModel, export, import};
+use polder_kernels::weights::{Exported, ImportedModel, Vectors, export, import};
 use polder_protocol::layout::BlockRange;
 use polder_protocol::run::Inner;
 use polder_protocol::work::Weights;

@@ -14,6 +14,7 @@ mod interleaved;
 mod interleaved_simd;
 mod matrix;
 mod narrow;
+mod narrow_k;
 mod packed_type;
 #[cfg(target_arch = "x86_64")]
 mod simd;
@@ -46,8 +47,6 @@ pub enum QuantError {
         expected: usize,
         found: usize,
     },
-    #[error("cannot pack f32 values into {ty}: only F32, F16, BF16, Q8_0, Q4_0 and Q4_1 are written")]
-    CannotPack { ty: PackedType },
     #[error("`{text}` is not a packed type; known are F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K")]
     UnknownType { text: String },
 }

@@ -124,6 +124,23 @@ impl PackedType {
         })
     }
 
+    /// ggml's number.
+    pub const fn ggml_code(self) -> u32 {
+        match self {
+            Self::F32 => 0,
+            Self::F16 => 1,
+            Self::Q4_0 => 2,
+            Self::Q4_1 => 3,
+            Self::Q5_0 => 6,
+            Self::Q5_1 => 7,
+            Self::Q8_0 => 8,
+            Self::Q4K => 12,
+            Self::Q5K => 13,
+            Self::Q6K => 14,
+            Self::BF16 => 30,
+        }
+    }
+
     /// ggml's name, such as `Q4_K`.
     pub const fn name(self) -> &'static str {
         match self {
@@ -169,6 +186,7 @@ mod tests {
     fn a_type_survives_its_name() {
         for ty in PackedType::ALL {
             assert_eq!(ty.name().parse(), Ok(ty));
+            assert_eq!(PackedType::from_ggml_code(ty.ggml_code()), Some(ty));
         }
         assert!("Q3_K".parse::<PackedType>().is_err());
     }

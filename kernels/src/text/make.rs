@@ -77,7 +77,7 @@ pub fn byte_level_bpe<'a>(
 
 /// The letter by which byte-level tokenizers write a byte: printable ones stand for themselves, the rest are moved
 /// beyond 255 in order (GPT-2's table).
-fn byte_letter(byte: u8) -> char {
+pub(super) fn byte_letter(byte: u8) -> char {
     let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
     if printable(byte) {
         return char::from(byte);

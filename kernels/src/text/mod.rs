@@ -1,14 +1,20 @@
 //! Text to tokens and back, and conversations to prompts.
 
+mod base64;
 mod chat;
 mod make;
+pub(crate) mod pieces;
+mod sentencepiece;
 mod stream;
+mod tekken;
 mod template_methods;
 mod tokenizer;
 
 pub use chat::{ChatTemplate, Message};
 pub use make::{BEGIN_TEXT, END_TEXT, byte_level_bpe, bytes};
+pub use sentencepiece::from_sentencepiece;
 pub use stream::StreamDecoder;
+pub use tekken::from_tekken;
 pub use tokenizer::Tokenizer;
 
 use thiserror::Error;

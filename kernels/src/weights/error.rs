@@ -65,6 +65,8 @@ pub enum WeightsError {
     },
     #[error("{}: metadata `{key}` is `{value}`, expected a packed type and dimensions that fit the tensor", path.display())]
     PackedNote { path: PathBuf, key: String, value: String },
+    #[error("{}: tensor `{tensor}` has values that are not finite, or become so", path.display())]
+    NotFinite { path: PathBuf, tensor: String },
     #[error("{}: tensor `{tensor}`", path.display())]
     Quant {
         path: PathBuf,

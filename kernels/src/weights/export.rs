@@ -8,8 +8,9 @@ use std::process;
 use serde_json::{Value, json};
 
 use super::part_file::OUTPUT;
-use super::{PartFile, PartWriter, WeightsError};
+use super::{PartFile, PartWriter, TensorSource, WeightsError};
 use crate::model::{Config, layout};
+use crate::quant::{PackedType, narrow};
 use crate::text::Tokenizer;
 
 /// A model to write as a Hugging Face folder.
@@ -27,6 +28,18 @@ pub struct Exported<'a> {
     pub begin_token: Option<u32>,
     /// One file per part.
     pub part_files: &'a [PathBuf],
+    /// In which type norms and biases are written to a Hugging Face folder.
+    pub vectors: Vectors,
+}
+
+/// The type of tensors with one dimension.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Vectors {
+    /// As they are.
+    AsStored,
+    /// That of the matrices, where all have one type of 16 bits and nothing is lost. GGUF files keep vectors in F32,
+    /// whatever type they had.
+    AsMatrices,
 }
 
 /// Writes `model` into the new folder `out`, one shard per part, as transformers loads it. Packed tensors are widened
@@ -64,6 +77,10 @@ fn write(model: &Exported<'_>, folder: &Path) -> Result<(), WeightsError> {
             hint: "there must be one file per part: embedding, blocks, head",
         });
     }
+    let vectors = match model.vectors {
+        Vectors::AsStored => None,
+        Vectors::AsMatrices => common_type(model.part_files)?,
+    };
     let shards = parts.len();
     let mut places = BTreeMap::new();
     let mut total_bytes = 0;
@@ -75,7 +92,10 @@ fn write(model: &Exported<'_>, folder: &Path) -> Result<(), WeightsError> {
         writer.note("format", "pt"); // transformers refuses files that do not say so.
         let names: Vec<_> = file.names().filter(|name| !(config.tied && *name == OUTPUT)).collect();
         for name in names {
-            let tensor = file.tensor(name)?;
+            let mut tensor = file.tensor(name)?;
+            if let (Some(ty), [_], PackedType::F32) = (vectors, tensor.shape.as_slice(), tensor.ty) {
+                tensor = without_loss(&tensor, ty).unwrap_or(tensor);
+            }
             if tensor.is_packed() {
                 let values = tensor.to_f32().map_err(WeightsError::quant(path, name))?;
                 total_bytes += 4 * values.len();
@@ -92,6 +112,35 @@ fn write(model: &Exported<'_>, folder: &Path) -> Result<(), WeightsError> {
     let index = json!({"metadata": {"total_size": total_bytes}, "weight_map": places});
     write_json(&folder.join("model.safetensors.index.json"), &index)?;
     write_tokenizer(model, folder)
+}
+
+/// The type of 16 bits that all matrices have.
+fn common_type(part_files: &[PathBuf]) -> Result<Option<PackedType>, WeightsError> {
+    let mut found = None;
+    for path in part_files {
+        let file = PartFile::open(path)?;
+        for name in file.names() {
+            let tensor = file.tensor(name)?;
+            match (tensor.shape.len(), tensor.ty, found) {
+                (0 | 1, ..) => {}
+                (_, ty @ (PackedType::F16 | PackedType::BF16), None) => found = Some(ty),
+                (_, ty, Some(common)) if ty == common => {}
+                _ => return Ok(None),
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// A tensor in a narrower type, where it holds exactly the same values.
+fn without_loss(tensor: &TensorSource, ty: PackedType) -> Option<TensorSource> {
+    let narrowed = TensorSource {
+        ty,
+        shape: tensor.shape.clone(),
+        bytes: narrow(ty, &tensor.to_f32().ok()?).ok()?.into(),
+    };
+    let back = narrow(PackedType::F32, &narrowed.to_f32().ok()?).ok()?;
+    (*back == *tensor.bytes).then_some(narrowed)
 }
 
 fn write_tokenizer(model: &Exported<'_>, folder: &Path) -> Result<(), WeightsError> {

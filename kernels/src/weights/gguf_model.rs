@@ -356,12 +356,58 @@ fn halves_apart(bytes: &[u8], rows: usize, heads: u64) -> Option<Vec<u8>> {
     Some(moved)
 }
 
+/// The inverse of [`halves_apart`].
+pub(super) fn halves_together(bytes: &[u8], rows: usize, heads: usize) -> Option<Vec<u8>> {
+    let half = rows.checked_div(heads)? / 2;
+    if half == 0 || half * 2 * heads != rows {
+        return None;
+    }
+    let row_bytes = bytes.len() / rows;
+    let mut moved = Vec::with_capacity(bytes.len());
+    for head in 0..heads {
+        for row in (0..half).flat_map(|i| [i, half + i]) {
+            moved.extend_from_slice(bytes.get((head * 2 * half + row) * row_bytes..)?.get(..row_bytes)?);
+        }
+    }
+    Some(moved)
+}
+
+/// GGUF's name of a tensor, where it has one.
+pub(super) fn ggml_name(hugging_face: &str) -> Option<String> {
+    if let Some((_, ggml)) = ENDS.iter().find(|(name, _)| *name == hugging_face) {
+        return Some((*ggml).to_owned());
+    }
+    let (block, name) = hugging_face.strip_prefix("model.layers.")?.split_once('.')?;
+    let (name, kind) = name.rsplit_once('.')?;
+    let (_, ggml) = IN_BLOCK.iter().find(|(known, _)| *known == name)?;
+    Some(format!("blk.{block}.{ggml}.{kind}"))
+}
+
+/// Names outside blocks: Hugging Face's, and ggml's.
+const ENDS: [(&str, &str); 3] = [
+    ("model.embed_tokens.weight", "token_embd.weight"),
+    ("model.norm.weight", "output_norm.weight"),
+    ("lm_head.weight", "output.weight"),
+];
+
+/// Names within a block.
+const IN_BLOCK: [(&str, &str); 11] = [
+    ("input_layernorm", "attn_norm"),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("self_attn.q_norm", "attn_q_norm"),
+    ("self_attn.k_norm", "attn_k_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+];
+
 fn hugging_face_name(ggml: &str) -> Option<String> {
-    match ggml {
-        "token_embd.weight" => return Some("model.embed_tokens.weight".to_owned()),
-        "output_norm.weight" => return Some("model.norm.weight".to_owned()),
-        "output.weight" => return Some("lm_head.weight".to_owned()),
-        _ => {}
+    if let Some((name, _)) = ENDS.iter().find(|(_, known)| *known == ggml) {
+        return Some((*name).to_owned());
     }
     let (block, name) = ggml.strip_prefix("blk.")?.split_once('.')?;
     let block: u32 = block.parse().ok()?;
@@ -369,44 +415,39 @@ fn hugging_face_name(ggml: &str) -> Option<String> {
     if !["weight", "bias"].contains(&kind) {
         return None;
     }
-    let name = match name {
-        "attn_norm" => "input_layernorm",
-        "attn_q" => "self_attn.q_proj",
-        "attn_k" => "self_attn.k_proj",
-        "attn_v" => "self_attn.v_proj",
-        "attn_output" => "self_attn.o_proj",
-        "attn_q_norm" => "self_attn.q_norm",
-        "attn_k_norm" => "self_attn.k_norm",
-        "ffn_norm" => "post_attention_layernorm",
-        "ffn_gate" => "mlp.gate_proj",
-        "ffn_up" => "mlp.up_proj",
-        "ffn_down" => "mlp.down_proj",
-        _ => return None,
-    };
+    let (name, _) = IN_BLOCK.iter().find(|(_, known)| *known == name)?;
     Some(format!("model.layers.{block}.{name}.{kind}"))
 }
 
-/// GGUF has Llama 3.1's rotary scaling as one divisor per frequency. With the constants that all its models share
-/// (1, 4 and 8192) the divisors follow from the largest; where they do, this is the scaling.
+/// The constants that all models with Llama 3.1's rotary scaling share.
+const LOW: f64 = 1.0;
+const HIGH: f64 = 4.0;
+const ORIGINAL: f64 = 8192.0;
+
+/// Llama 3.1's rotary scaling as GGUF has it: one divisor per frequency.
+pub(super) fn llama3_divisors(factor: f64, head_dim: u64, theta: f64) -> Vec<f32> {
+    let divisor = |i: u64| {
+        let wavelength = std::f64::consts::TAU * theta.powf(2.0 * i as f64 / head_dim as f64);
+        if wavelength < ORIGINAL / HIGH {
+            1.0
+        } else if wavelength > ORIGINAL / LOW {
+            factor
+        } else {
+            let share = (ORIGINAL / wavelength - LOW) / (HIGH - LOW);
+            1.0 / ((1.0 - share) / factor + share)
+        }
+    };
+    (0..head_dim / 2).map(|i| divisor(i) as f32).collect()
+}
+
+/// The scaling that divisors come from. They follow from the largest; where these do not, it is another scaling.
 fn llama3_scaling(divisors: &[f32], head_dim: u64, theta: f64) -> Option<Value> {
-    const LOW: f64 = 1.0;
-    const HIGH: f64 = 4.0;
-    const ORIGINAL: f64 = 8192.0;
     let factor = divisors.iter().copied().fold(1f32, f32::max);
     if divisors.len() as u64 != head_dim / 2 || !factor.is_finite() {
         return None;
     }
-    for (i, divisor) in divisors.iter().enumerate() {
-        let wavelength = std::f64::consts::TAU * theta.powf(2.0 * i as f64 / head_dim as f64);
-        let expected = if wavelength < ORIGINAL / HIGH {
-            1.0
-        } else if wavelength > ORIGINAL / LOW {
-            f64::from(factor)
-        } else {
-            let share = (ORIGINAL / wavelength - LOW) / (HIGH - LOW);
-            1.0 / ((1.0 - share) / f64::from(factor) + share)
-        };
-        if (f64::from(*divisor) - expected).abs() > 1e-3 * expected {
+    for (divisor, expected) in divisors.iter().zip(llama3_divisors(f64::from(factor), head_dim, theta)) {
+        if (divisor - expected).abs() > 1e-3 * expected {
             return None;
         }
     }
@@ -434,6 +475,7 @@ mod tests {
         // Two heads of four rows, one byte each; in GGUF, rows 0 and 2 of a head are neighbours.
         let gguf = [0, 2, 1, 3, 10, 12, 11, 13];
         assert_eq!(halves_apart(&gguf, 8, 2).unwrap(), [0, 1, 2, 3, 10, 11, 12, 13]);
+        assert_eq!(halves_together(&[0, 1, 2, 3, 10, 11, 12, 13], 8, 2).unwrap(), gguf);
         assert_eq!(halves_apart(&gguf, 8, 3), None);
         assert_eq!(halves_apart(&gguf, 8, 8), None);
         assert_eq!(halves_apart(&gguf, 8, 0), None);

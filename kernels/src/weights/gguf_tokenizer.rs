@@ -1,12 +1,13 @@
 //! The tokenizer inside a GGUF file, as a `tokenizer.json`.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Map, Value, json};
 
 use super::WeightsError;
 use super::gguf_model::GgufFile;
+use crate::text::pieces::{self, Pieces, beginning_with};
 
 /// What a GGUF file says of text.
 pub(super) struct GgufTokenizer {
@@ -81,7 +82,7 @@ pub(super) fn build(file: &GgufFile) -> Result<GgufTokenizer, WeightsError> {
         }
     };
     let (mut json, merges) = if is_spm {
-        (sentence_pieces(file, &tokens, &vocabulary, &kinds)?, None)
+        (sentence_pieces(file, &tokens, &kinds)?, None)
     } else {
         let (json, merges) = byte_level(file)?;
         (json, Some(merges))
@@ -184,29 +185,14 @@ fn byte_level(file: &GgufFile) -> Result<(Value, Vec<Merge<'_>>), WeightsError> 
         let name: String = name.chars().take(32).collect();
         file.feature(format!("pre-tokenizer `{name}`"))
     })?;
-    let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
-    let split = |expression: &str| json!({"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": false});
-    let sequence = |steps: Vec<Value>| json!({"type": "Sequence", "pretokenizers": steps});
-    let (pre_tokenizer, ignore_merges, normalizer) = match cut {
-        Cut::Gpt2 => (bytes(true), false, Value::Null),
-        Cut::Digits => {
-            let digits = json!({"type": "Digits", "individual_digits": true});
-            (sequence(vec![digits, bytes(true)]), false, Value::Null)
-        }
-        Cut::Expression(expression, ignore) => (sequence(vec![split(expression), bytes(false)]), ignore, Value::Null),
-        Cut::Composed(expression) => (
-            sequence(vec![split(expression), bytes(false)]),
-            false,
-            json!({"type": "NFC"}),
-        ),
-    };
+    let (normalizer, pre_tokenizer, ignore_merges) = cut_json(&cut);
     let model = json!({
         "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
         "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": ignore_merges,
     });
     let post_processor =
         json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": false, "use_regex": true});
-    let json = tokenizer_json(model, normalizer, pre_tokenizer, post_processor, bytes(true));
+    let json = tokenizer_json(model, normalizer, pre_tokenizer, post_processor, byte_letters(true));
     Ok((json, merges))
 }
 
@@ -253,70 +239,74 @@ fn written(mut rest: Map<String, Value>, tokens: &[&str], merges: &[Merge<'_>]) 
     })
 }
 
-/// SentencePiece's byte pair encoding: pieces have scores in place of merges. Every way to make a piece of two others is
-/// a merge, and merges into better pieces come first.
-fn sentence_pieces(
-    file: &GgufFile,
-    tokens: &[&str],
-    vocabulary: &HashMap<&str, u32>,
-    kinds: &[f64],
-) -> Result<Value, WeightsError> {
+fn byte_letters(use_regex: bool) -> Value {
+    json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex})
+}
+
+/// Normalizer, pre-tokenizer, and whether a whole word that is a token is taken without merging.
+fn cut_json(cut: &Cut) -> (Value, Value, bool) {
+    let split = |expression: &str| json!({"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": false});
+    let sequence = |steps: [Value; 2]| json!({"type": "Sequence", "pretokenizers": steps});
+    match cut {
+        Cut::Gpt2 => (Value::Null, byte_letters(true), false),
+        Cut::Digits => {
+            let digits = json!({"type": "Digits", "individual_digits": true});
+            (Value::Null, sequence([digits, byte_letters(true)]), false)
+        }
+        Cut::Expression(expression, ignore) => {
+            (Value::Null, sequence([split(expression), byte_letters(false)]), *ignore)
+        }
+        Cut::Composed(expression) => {
+            let composed = json!({"type": "NFC"});
+            (composed, sequence([split(expression), byte_letters(false)]), false)
+        }
+    }
+}
+
+/// One name for each way of cutting that files are written with.
+pub(super) const NAMED_CUTS: [&str; 5] = ["gpt-2", "smollm", "llama-bpe", "tekken", "qwen2"];
+
+/// What decides how a named way cuts: the signatures of normalizer and pre-tokenizer, and whether merges may be ignored.
+pub(super) fn cut_signature(name: &str) -> Option<([Vec<String>; 2], bool)> {
+    let (normalizer, pre_tokenizer, ignore_merges) = cut_json(&cut_named(name)?);
+    Some(([Some(&normalizer), Some(&pre_tokenizer)].map(signature), ignore_merges))
+}
+
+/// The steps of a normalizer or pre-tokenizer by what changes a token's id, whatever else its JSON says.
+pub(super) fn signature(step: Option<&Value>) -> Vec<String> {
+    let Some(step) = step.filter(|step| !step.is_null()) else {
+        return Vec::new();
+    };
+    let of = |key: &str| step.get(key).unwrap_or(&Value::Null).to_string();
+    match step.get("type").and_then(Value::as_str) {
+        Some("Sequence") => {
+            let steps = step.get("pretokenizers").or_else(|| step.get("normalizers"));
+            let steps = steps.and_then(Value::as_array).into_iter().flatten();
+            steps.flat_map(|step| signature(Some(step))).collect()
+        }
+        Some("Split") => vec![format!("split {} {} {}", of("pattern"), of("behavior"), of("invert"))],
+        Some("Digits") => vec![format!("digits {}", of("individual_digits"))],
+        Some("ByteLevel") => vec![format!("bytes {} {}", of("use_regex"), of("add_prefix_space"))],
+        _ => vec![step.to_string()],
+    }
+}
+
+fn sentence_pieces(file: &GgufFile, tokens: &[&str], kinds: &[f64]) -> Result<Value, WeightsError> {
     let scores = file
         .numbers("tokenizer.ggml.scores")?
         .filter(|scores| scores.len() == tokens.len())
         .ok_or_else(|| file.missing("tokenizer.ggml.scores"))?;
-    // A hostile file could hold very long pieces; real ones have at most a few dozen letters.
-    const PIECE_LETTERS_MAX: usize = 256;
-    let ordinary: HashSet<&str> = tokens
-        .iter()
-        .enumerate()
-        .filter(|(id, token)| kinds.get(*id).is_none_or(|kind| *kind == 1.0) && token.len() <= PIECE_LETTERS_MAX)
-        .map(|(_, token)| *token)
-        .collect();
-    let mut merges = Vec::new();
-    for (token, score) in tokens
-        .iter()
-        .zip(&scores)
-        .filter(|(token, _)| ordinary.contains(*token))
-    {
-        for (at, _) in token.char_indices().skip(1) {
-            let (left, right) = token.split_at(at);
-            if let (true, true, Some(left_id), Some(right_id)) = (
-                ordinary.contains(left),
-                ordinary.contains(right),
-                vocabulary.get(left),
-                vocabulary.get(right),
-            ) {
-                merges.push((*score, *left_id, *right_id, left, right));
-            }
-        }
+    let kind_of = |id: usize| kinds.get(id).copied().unwrap_or(f64::from(pieces::NORMAL));
+    let pieces = tokens.iter().zip(scores).enumerate();
+    // A cast from float saturates, and no kind is above six.
+    let pieces = pieces.map(|(id, (token, score))| (*token, score, kind_of(id) as u8));
+    Ok(Pieces {
+        pieces: pieces.collect(),
+        normalizers: Vec::new(),
+        prefixed: file.flag("tokenizer.ggml.add_space_prefix")?.unwrap_or(true),
+        byte_fallback: true,
     }
-    merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)).then(a.2.cmp(&b.2)));
-    let merges: Vec<Value> = merges.into_iter().map(|merge| json!([merge.3, merge.4])).collect();
-    let unknown = kinds
-        .iter()
-        .position(|kind| *kind == UNKNOWN)
-        .and_then(|id| tokens.get(id));
-    let model = json!({
-        "type": "BPE", "dropout": null, "unk_token": unknown, "continuing_subword_prefix": null,
-        "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
-        "vocab": vocabulary_json(tokens, vocabulary), "merges": merges,
-    });
-    let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
-    let prefixed = file.flag("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
-    let mut decoders = vec![
-        json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
-        json!({"type": "ByteFallback"}),
-        json!({"type": "Fuse"}),
-    ];
-    let normalizer = if prefixed {
-        decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
-        json!({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]})
-    } else {
-        replace
-    };
-    let decoder = json!({"type": "Sequence", "decoders": decoders});
-    Ok(tokenizer_json(model, normalizer, Value::Null, Value::Null, decoder))
+    .byte_pairs())
 }
 
 fn vocabulary_json(tokens: &[&str], vocabulary: &HashMap<&str, u32>) -> Map<String, Value> {
@@ -336,16 +326,5 @@ fn tokenizer_json(
     json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer, "post_processor": post_processor, "decoder": decoder, "model": model,
-    })
-}
-
-fn beginning_with(id: u32, token: &str) -> Value {
-    let begin = |type_id: u32| json!({"SpecialToken": {"id": token, "type_id": type_id}});
-    let sequence = |id: &str, type_id: u32| json!({"Sequence": {"id": id, "type_id": type_id}});
-    json!({
-        "type": "TemplateProcessing",
-        "single": [begin(0), sequence("A", 0)],
-        "pair": [begin(0), sequence("A", 0), begin(1), sequence("B", 1)],
-        "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}},
     })
 }

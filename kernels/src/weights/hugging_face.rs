@@ -9,7 +9,7 @@ use super::fp8::Scaled;
 use super::import::{ModelSource, Tensors};
 use super::{PartFile, TensorSource, WeightsError, source};
 use crate::model::{Config, json};
-use crate::text::Tokenizer;
+use crate::text::{TextError, Tokenizer, from_sentencepiece, from_tekken};
 
 /// Opens a folder as a model.
 pub(super) fn open(folder: &Path) -> Result<ModelSource, WeightsError> {
@@ -20,14 +20,7 @@ pub(super) fn open(folder: &Path) -> Result<ModelSource, WeightsError> {
         path: config_path.clone(),
         source,
     })?;
-    let tokenizer_path = folder.join("tokenizer.json");
-    if !tokenizer_path.exists() {
-        return Err(WeightsError::MissingFile {
-            path: tokenizer_path,
-            hint: "the tokenizer is needed as a tokenizer.json, which `AutoTokenizer.save_pretrained` writes",
-        });
-    }
-    let tokenizer_json = source::read_text(&tokenizer_path)?.into_bytes();
+    let (tokenizer_path, tokenizer_json) = tokenizer_json(folder)?;
     let tokenizer = Tokenizer::from_bytes(&tokenizer_json).map_err(|error| WeightsError::Tokenizer {
         path: tokenizer_path,
         reason: error.to_string(),
@@ -48,6 +41,31 @@ pub(super) fn open(folder: &Path) -> Result<ModelSource, WeightsError> {
         end_tokens: settings.end_tokens(&tokenizer),
         begin_token: begin.filter(|begin| tokenizer.encode("a").is_ok_and(|ids| ids.first() == Some(begin))),
         tensors,
+    })
+}
+
+/// The folder's tokenizer as a `tokenizer.json`, whichever of three kinds it is, and its file to name in errors.
+fn tokenizer_json(folder: &Path) -> Result<(PathBuf, Vec<u8>), WeightsError> {
+    let path = folder.join("tokenizer.json");
+    if path.exists() {
+        let text = source::read_text(&path)?;
+        return Ok((path, text.into_bytes()));
+    }
+    let others: [(&str, fn(&[u8]) -> Result<Vec<u8>, TextError>); 2] =
+        [("tokenizer.model", from_sentencepiece), ("tekken.json", from_tekken)];
+    for (name, convert) in others {
+        let other = folder.join(name);
+        if other.exists() {
+            let json = convert(&source::map(&other)?).map_err(|error| WeightsError::Tokenizer {
+                path: other.clone(),
+                reason: error.to_string(),
+            })?;
+            return Ok((other, json));
+        }
+    }
+    Err(WeightsError::MissingFile {
+        path,
+        hint: "the tokenizer is needed as a tokenizer.json, a tokenizer.model or a tekken.json",
     })
 }
 

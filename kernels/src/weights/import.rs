@@ -241,7 +241,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::super::gguf::tests::Builder;
-    use super::super::{Exported, Gguf, PartFile, export, inspect};
+    use super::super::{Exported, Gguf, PartFile, Vectors, export, inspect};
     use super::*;
     use crate::quant::{PackedType, narrow};
 
@@ -294,6 +294,7 @@ mod tests {
             end_tokens: &model.end_tokens,
             begin_token: model.begin_token,
             part_files: &model.part_files,
+            vectors: Vectors::AsStored,
         };
         export(&exported, &out).unwrap();
         let again = import(&out, &places.path().join("b"), &mut |_| {}).unwrap();

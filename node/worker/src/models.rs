@@ -8,11 +8,12 @@ use polder_kernels::text::Tokenizer;
 use polder_protocol::layout::Layout;
 
 pub use polder_kernels::model::ConfigError;
+pub use polder_kernels::quant::PackedType;
 pub use polder_kernels::text::{BEGIN_TEXT, END_TEXT, TextError, byte_level_bpe, bytes as byte_tokenizer};
 pub use polder_kernels::verify::{Measure, Quantity, Report, VerifyError};
 pub use polder_kernels::weights::{
-    Exported, ImportedModel, PartFile, Progress, Summary, TypeTotal, WeightsError, export, import, inspect,
-    write_state_part,
+    Exported, ImportedModel, Packed, PartFile, Progress, Quantised, Summary, TypeTotal, Vectors, WeightsError, export,
+    export_gguf, import, inspect, quantise, write_state_part,
 };
 
 /// The parts and tensors of a model by its Hugging Face `config.json`.
@@ -44,4 +45,31 @@ pub fn verify(folder: &Path, device: Choice) -> Result<Report, VerifyError> {
 /// [`TextError`] says what is wrong with them.
 pub fn check_tokenizer(bytes: &[u8]) -> Result<(), TextError> {
     Tokenizer::from_bytes(bytes).map(|_| ())
+}
+
+/// A tokenizer and what it makes of some texts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cut {
+    /// Tokens that the tokenizer has.
+    pub vocabulary: usize,
+    /// Tokens that the texts are cut into.
+    pub tokens: u64,
+}
+
+/// Cuts texts with a `tokenizer.json`.
+///
+/// # Errors
+///
+/// [`TextError`] of the tokenizer.
+pub fn tokens_of(tokenizer_json: &[u8], texts: &[String]) -> Result<Cut, TextError> {
+    let tokenizer = Tokenizer::from_bytes(tokenizer_json)?;
+    let mut tokens = 0;
+    // Line by line, so that memory stays small.
+    for line in texts.iter().flat_map(|text| text.split_inclusive('\n')) {
+        tokens += tokenizer.encode_bare(line)?.len() as u64;
+    }
+    Ok(Cut {
+        vocabulary: tokenizer.vocabulary(),
+        tokens,
+    })
 }
