@@ -8,6 +8,7 @@ mod client;
 mod command;
 mod context;
 mod failure;
+mod hub;
 mod institutions;
 
 use std::io::IsTerminal;

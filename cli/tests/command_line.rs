@@ -33,3 +33,43 @@ fn a_folder_without_a_model_is_named_and_not_taken_for_a_name() {
         "{error}"
     );
 }
+
+#[test]
+fn a_tokenizer_is_learnt_from_texts_and_never_written_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let text = "the pumps turn while the wind blows, and the polder stays dry\n".repeat(40);
+    std::fs::write(folder.path().join("text.txt"), &text).unwrap();
+    let (text, out) = (place("text.txt"), place("tokenizer.json"));
+    let learn = || {
+        polder(&[
+            "--json",
+            "model",
+            "tokenizer",
+            "train",
+            &text,
+            "--vocabulary",
+            "320",
+            "--out",
+            &out,
+        ])
+    };
+    let output = learn();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let answer: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(answer["vocabulary"].as_u64().unwrap() <= 320);
+    assert!(answer["tokens"].as_u64().unwrap() * 2 < answer["bytes"].as_u64().unwrap());
+    let again = learn();
+    assert!(String::from_utf8_lossy(&again.stderr).contains("already there"));
+    let small = polder(&[
+        "model",
+        "tokenizer",
+        "train",
+        &text,
+        "--vocabulary",
+        "9",
+        "--out",
+        &place("other.json"),
+    ]);
+    assert!(String::from_utf8_lossy(&small.stderr).contains("too small"));
+}

@@ -1,5 +1,9 @@
 //! `polder model`: bring a published model into this home, and look at what is there.
 
+mod convert;
+mod pull;
+mod tokenizer;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
@@ -37,6 +41,45 @@ enum Verb {
         #[arg(long)]
         name: Option<String>,
     },
+    /// Fetch a published model from Hugging Face and bring it in
+    ///
+    /// Only the files that are needed are fetched, and each is checked against the hash that the hub names. A download
+    /// that breaks off goes on where it stopped when the command is run again. HF_ENDPOINT names another hub; HF_TOKEN
+    /// opens private and gated models.
+    Pull {
+        /// hf:ORG/NAME, hf:ORG/NAME@REVISION, or hf:ORG/NAME/FILE.gguf
+        model: String,
+        /// What to call the model [default: the name of the repository or file]
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// Write a model as a GGUF file or as a Hugging Face folder
+    ///
+    /// GGUF files are written of Llamas, Qwen 2 and Qwen 3, and what such a file could not say is refused. What is
+    /// written is read again and compared before it gets its name.
+    Convert {
+        /// A Hugging Face folder, a GGUF file, or a model of this home
+        model: String,
+        /// The new file, ending with .gguf, or the new folder
+        out: PathBuf,
+    },
+    /// Bring a model in with its matrices packed into another type
+    ///
+    /// Embedding and output projection take at least six bits; norms, biases and routers stay as they are. Rows that
+    /// blocks of 256 do not divide take blocks of 32. Prints how far the packed values are from the former ones.
+    Quantize {
+        /// A model of this home, a Hugging Face folder, or a GGUF file
+        model: String,
+        /// q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0, bf16, f16 or f32
+        #[arg(long, value_name = "TYPE")]
+        to: String,
+        /// What to call the new model [default: the model's name and the type]
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// Make a tokenizer
+    #[command(subcommand)]
+    Tokenizer(TokenizerVerb),
     /// List the models of this home
     List,
     /// Show one model's figures
@@ -57,10 +100,32 @@ enum Verb {
     },
 }
 
+#[derive(Debug, clap::Subcommand)]
+enum TokenizerVerb {
+    /// Learn byte pairs from texts; a run file may name the result as its tokenizer
+    Train {
+        /// Texts in UTF-8
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// The most tokens: the 256 bytes, two special tokens, and pairs
+        #[arg(long, default_value_t = 32_768)]
+        vocabulary: usize,
+        /// The file to write
+        #[arg(long, default_value = "tokenizer.json")]
+        out: PathBuf,
+    },
+}
+
 /// Does what was asked.
 pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()> {
     match arguments.verb {
         Verb::Import { path, name } => import(context, &path, name),
+        Verb::Pull { model, name } => pull::pull(context, &model, name),
+        Verb::Convert { model, out } => convert::convert(context, &model, &out),
+        Verb::Quantize { model, to, name } => convert::quantize(context, &model, &to, name),
+        Verb::Tokenizer(TokenizerVerb::Train { files, vocabulary, out }) => {
+            tokenizer::train(context, &files, vocabulary, &out)
+        }
         Verb::List => list(context),
         Verb::Show { model } => show(context, &model),
         Verb::Verify { model, device } if is_folder(&model) => compare(context, Path::new(&model), device),
@@ -97,10 +162,15 @@ fn import_within(
         bar.set_position(progress.parts_done as u64);
     })?;
     bar.finish_and_clear();
+    save(context, &model, name)
+}
+
+/// Keeps a model's files in this home, by moving them.
+fn save(context: &Context, model: &ImportedModel, name: Option<String>) -> anyhow::Result<(EpochId, Epoch)> {
     let blobs = BlobStore::open(context.home())?;
     let epochs = Epochs::of(context.home());
     let mut added = Vec::new();
-    let kept = keep(context, &blobs, &model, name, &mut added).and_then(|epoch| Ok((epochs.save(&epoch)?, epoch)));
+    let kept = keep(context, &blobs, model, name, &mut added).and_then(|epoch| Ok((epochs.save(&epoch)?, epoch)));
     if kept.is_err() {
         // Such as a disk that is full half-way: what this import brought is taken away again.
         for blob in added {
@@ -271,7 +341,7 @@ fn is_folder(text: &str) -> bool {
 fn find(context: &Context, wanted: &str) -> anyhow::Result<(EpochId, Epoch)> {
     Epochs::of(context.home())
         .find(wanted)
-        .hint("`polder model list` shows what is here; `polder model import PATH` brings a model in")
+        .hint("`polder model list` shows what is here; `polder model import PATH` and `polder model pull hf:ORG/NAME` bring a model in")
 }
 
 /// On standard error, so that answers stay clean; hidden where nobody watches.
