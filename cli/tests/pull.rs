@@ -269,7 +269,7 @@ impl State {
         for line in lines {
             match line? {
                 line if line.is_empty() => break,
-                line => headers += &format!(" {}", line.replacen(": ", ": ", 1)),
+                line => headers += &format!(" {line}"),
             }
         }
         let headers = lower_names(&headers);

@@ -175,14 +175,9 @@ impl<'a> Export<'a> {
 
     /// Where the configuration speaks of rotation: newer ones put all of it in one place.
     fn rope(&self) -> Value {
-        let found = ["rope_parameters", "rope_scaling"]
-            .iter()
-            .filter_map(|key| self.json.get(key));
-        found
-            .filter(|value| value.is_object())
-            .next()
-            .cloned()
-            .unwrap_or_default()
+        let mut places = ["rope_parameters", "rope_scaling"].into_iter();
+        let found = places.find_map(|key| self.json.get(key).filter(|value| value.is_object()));
+        found.cloned().unwrap_or_default()
     }
 
     fn tensor(&self, writer: &mut GgufWriter, file: &PartFile, name: &str, heads: u32) -> Result<(), WeightsError> {

@@ -44,6 +44,8 @@ pub(super) fn open(folder: &Path) -> Result<ModelSource, WeightsError> {
     })
 }
 
+type Convert = fn(&[u8]) -> Result<Vec<u8>, TextError>;
+
 /// The folder's tokenizer as a `tokenizer.json`, whichever of three kinds it is, and its file to name in errors.
 fn tokenizer_json(folder: &Path) -> Result<(PathBuf, Vec<u8>), WeightsError> {
     let path = folder.join("tokenizer.json");
@@ -51,8 +53,7 @@ fn tokenizer_json(folder: &Path) -> Result<(PathBuf, Vec<u8>), WeightsError> {
         let text = source::read_text(&path)?;
         return Ok((path, text.into_bytes()));
     }
-    let others: [(&str, fn(&[u8]) -> Result<Vec<u8>, TextError>); 2] =
-        [("tokenizer.model", from_sentencepiece), ("tekken.json", from_tekken)];
+    let others: [(&str, Convert); 2] = [("tokenizer.model", from_sentencepiece), ("tekken.json", from_tekken)];
     for (name, convert) in others {
         let other = folder.join(name);
         if other.exists() {

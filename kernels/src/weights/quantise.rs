@@ -192,7 +192,7 @@ fn repack(tensor: &TensorSource, ty: PackedType, path: &Path, name: &str) -> Res
     let cols = tensor.shape.last().copied().unwrap_or(1).max(1);
     // Whole rows, so that no block begins in one piece and ends in another.
     let piece = (PIECE / cols).max(1) * cols;
-    let pieces: Result<Vec<(Vec<u8>, [f64; 2])>, WeightsError> = values
+    let pieces = values
         .par_chunks(piece)
         .map(|values| {
             if !values.iter().all(|value| value.is_finite()) {
@@ -211,10 +211,10 @@ fn repack(tensor: &TensorSource, ty: PackedType, path: &Path, name: &str) -> Res
             }
             Ok((bytes, squares))
         })
-        .collect();
+        .collect::<Result<Vec<_>, WeightsError>>()?;
     let mut all = Vec::with_capacity(ty.row_bytes(values.len()).unwrap_or(0));
     let mut squares = [0.0; 2];
-    for (bytes, some) in pieces? {
+    for (bytes, some) in pieces {
         all.extend(bytes);
         squares[0] += some[0];
         squares[1] += some[1];
