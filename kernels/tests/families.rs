@@ -117,6 +117,7 @@ fn an_exported_model_is_imported_as_the_same() {
             end_tokens: &case.model.end_tokens,
             begin_token: case.model.begin_token,
             part_files: &case.model.part_files,
+            vectors: Vectors::AsStored,
         };
         export(&exported, &out).unwrap_or_else(|error| panic!("{}: {error}", case.name));
         let again = import(&out, &case.folder.path().join("again"), &mut |_| {}).unwrap();
