@@ -309,13 +309,6 @@ fn sentence_pieces(file: &GgufFile, tokens: &[&str], kinds: &[f64]) -> Result<Va
     .byte_pairs())
 }
 
-fn vocabulary_json(tokens: &[&str], vocabulary: &HashMap<&str, u32>) -> Map<String, Value> {
-    let entries = tokens
-        .iter()
-        .filter_map(|token| Some(((*token).to_owned(), json!(vocabulary.get(token)?))));
-    entries.collect()
-}
-
 fn tokenizer_json(
     model: Value,
     normalizer: Value,
