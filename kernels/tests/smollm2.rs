@@ -70,9 +70,9 @@ fn packed_weights_stay_near_llama_cpp() {
     }
     let mean = sum / count as f32;
     println!("packed: mean {mean}, worst {worst}");
-    // Widened weights with exact activations stand 0.144 from llama.cpp, whose int8 noise that is; ours, in all but the
-    // logits, comes on top. Every order of summation draws that noise anew: two gave means of 0.150 and 0.163.
-    assert!(worst < 0.9 && mean < 0.18, "mean {mean}, worst {worst}");
+    // Widened weights with exact activations stand 0.144 from llama.cpp, whose int8 noise that is; ours, which is rounded
+    // where it matters least, comes on top.
+    assert!(worst < 0.7 && mean < 0.15, "mean {mean}, worst {worst}");
 }
 
 struct Model {

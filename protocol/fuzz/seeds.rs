@@ -20,7 +20,8 @@ use polder_protocol::run::state_hash;
 use polder_protocol::session::{Feed, FromSeat, Opening, SeatId, SeatRequest, SessionId, ToSeat, Wiring, encode};
 use polder_protocol::time::UnixSeconds;
 use polder_protocol::wire::{
-    self, Envelope, FRAME_BYTES, Farewell, FrameHeader, Greeting, Hello, PeerHint, Refusal, Reply, Request, Service,
+    self, Envelope, FRAME_BYTES, Farewell, FrameHeader, Greeting, Hello, Offer, PeerHint, Punch, Refusal, Reply,
+    Request, Service, Standing,
 };
 use polder_protocol::work::{Answer, Likely, Order, Sampling, Task};
 use polder_protocol::{hash, work};
@@ -232,6 +233,11 @@ fn control_messages() -> Vec<Vec<u8>> {
         credentials: shown(),
         body: vec![1, 2, 3],
     };
+    let offer = Offer {
+        nonce: 9,
+        candidates: vec!["192.0.2.1:4002".parse().expect("an address")],
+        standing: Standing::Punchable,
+    };
     vec![
         kind(0, wire::encode(&request)),
         kind(1, wire::encode(&Reply::Done(vec![9]))),
@@ -240,6 +246,8 @@ fn control_messages() -> Vec<Vec<u8>> {
         kind(3, wire::encode(&greeting)),
         kind(4, wire::encode(&farewell)),
         kind(5, wire::encode(&envelope)),
+        kind(6, wire::encode(&Punch::Offer(offer))),
+        kind(6, wire::encode(&Punch::Go { nonce: 9 })),
     ]
 }
 

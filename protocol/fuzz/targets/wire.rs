@@ -1,7 +1,7 @@
 //! Frames and control messages.
 
 use polder_protocol::wire::{
-    self, Envelope, FRAME_BYTES, Farewell, FrameHeader, Greeting, Hello, Message, Reply, Request,
+    self, Envelope, FRAME_BYTES, Farewell, FrameHeader, Greeting, Hello, Message, Punch, Reply, Request,
 };
 use polder_protocol::work;
 
@@ -19,13 +19,14 @@ pub(crate) fn frame_header(bytes: &[u8]) {
 /// The kind of message, then its bytes.
 pub(crate) fn control_messages(bytes: &[u8]) {
     let (kind, bytes) = byte(bytes);
-    match kind % 6 {
+    match kind % 7 {
         0 => reads_what_it_writes::<Request>(bytes),
         1 => reads_what_it_writes::<Reply>(bytes),
         2 => reads_what_it_writes::<Hello>(bytes),
         3 => reads_what_it_writes::<Greeting>(bytes),
         4 => reads_what_it_writes::<Farewell>(bytes),
-        _ => reads_what_it_writes::<Envelope>(bytes),
+        5 => reads_what_it_writes::<Envelope>(bytes),
+        _ => reads_what_it_writes::<Punch>(bytes),
     }
 }
 

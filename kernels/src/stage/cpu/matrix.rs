@@ -69,7 +69,7 @@ impl Matrix {
 }
 
 /// `out[i, r] = Σ_c w[r, c] · x[i, c]` with 15 bits of each activation where the weight is packed: for logits, in which
-/// no later sum evens out what rounding takes.
+/// no later sum evens out what rounding takes, and for activations with outliers.
 pub(super) fn product_finely(x: &[f32], n: usize, matrix: &Matrix, out: &mut [f32]) {
     match matrix {
         Matrix::Plain(PlainMatrix(weight)) => multiply(x, n, &mut [Product { weight, out }]),

@@ -64,20 +64,21 @@ impl MlpWeights {
         self.up.weight.rows()
     }
 
-    /// Of `n` rows.
+    /// Of `n` rows. What comes out of the activation has a few very large values, beside which seven bits leave little of
+    /// the others, so it is rounded more finely.
     pub(super) fn forward(&self, x: &[f32], n: usize, out: &mut [f32]) {
         let mut up = vec![0.0; n * self.wide()];
         match &self.gate {
             None => {
                 self.up.apply(x, n, &mut up);
                 self.activation.apply(&mut up);
-                self.down.apply(&up, n, out);
+                self.down.apply_finely(&up, n, out);
             }
             Some(gate) => {
                 let mut gated = vec![0.0; up.len()];
                 together(x, n, [(gate, &mut gated[..]), (&self.up, &mut up[..])]);
                 self.join(&mut gated, &up);
-                self.down.apply(&gated, n, out);
+                self.down.apply_finely(&gated, n, out);
             }
         }
     }
