@@ -108,6 +108,12 @@ pub fn learning_rate(inner: &Inner, steps_total: u64, step: u64) -> f32 {
     (f64::from(inner.learning_rate) * share) as f32
 }
 
+/// Multiplies all values.
+pub(super) fn scale(values: &mut [f32], factor: f32) {
+    let chunks = values.par_chunks_mut(CHUNK);
+    chunks.for_each(|values| values.iter_mut().for_each(|value| *value *= factor));
+}
+
 /// Sum of squares in f64, in an order that does not depend on the number of threads.
 pub(super) fn square_sum(values: &[f32]) -> f64 {
     let sums: Vec<f64> = values.par_chunks(CHUNK).map(chunk_square_sum).collect();

@@ -9,7 +9,7 @@ use polder_protocol::run::Inner;
 use super::balance::{BALANCE_RATE, balance};
 use super::checks::{check_sizes, checked_layout, finite, read_parts};
 use super::engine::{self, Engine, GradientSums, Input, Kept, Model};
-use super::optimiser::{Moments, Step, learning_rate, square_sum};
+use super::optimiser::{Moments, Step, learning_rate, scale, square_sum};
 use super::{TrainData, TrainError, files, limits};
 use crate::device::Device;
 use crate::model::Config;
@@ -322,7 +322,7 @@ impl TrainStage {
         let gradients = self.gradients.made_mut().ok_or(TrainError::NoGradients)?;
         if micro_batches > 1 {
             let share = 1.0 / micro_batches as f32;
-            gradients.iter_mut().flatten().for_each(|gradient| *gradient *= share);
+            gradients.iter_mut().for_each(|part| scale(part, share));
         }
         Ok(gradients.iter().map(|part| square_sum(part)).sum())
     }

@@ -227,7 +227,7 @@ impl<'a> Attend<'a> {
         let [q_norm, k_norm] = self.norms();
         let sums = qkv.par_chunks_mut(ROWS * self.width()).enumerate().map(|(chunk, qkv)| {
             let mut sums = [q_norm, k_norm].map(|norm| norm.map(Loaded::sums));
-            let mut own = vec![0.0; head_dim];
+            let (mut own, mut before) = (vec![0.0; head_dim], vec![0.0; head_dim]);
             for (row, qkv) in (chunk * ROWS..).zip(qkv.chunks_exact_mut(self.width())) {
                 let (sequence, position) = (row / seq, row % seq);
                 let of = |head: usize| {
@@ -239,7 +239,7 @@ impl<'a> Attend<'a> {
                         own.copy_from_slice(&q[of(head)]);
                         self.rotations
                             .turn_back(&mut own, position, shape.rotary, shape.query_scale);
-                        before_norm(qkv, &own, q_norm, sums[0].as_mut());
+                        before_norm(qkv, &own, q_norm, sums[0].as_mut(), &mut before);
                         continue;
                     }
                     let (all, kv_head) = match head - heads {
@@ -255,7 +255,7 @@ impl<'a> Attend<'a> {
                     }
                     if head < heads + kv_heads {
                         self.rotations.turn_back(&mut own, position, shape.rotary, None);
-                        before_norm(qkv, &own, k_norm, sums[1].as_mut());
+                        before_norm(qkv, &own, k_norm, sums[1].as_mut(), &mut before);
                     } else {
                         qkv.copy_from_slice(&own);
                     }
@@ -366,12 +366,19 @@ fn blocks(seq: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// The gradient of a head before its norm, where it has one; `x` is what the norm took, and then the gradient.
-fn before_norm(x: &mut [f32], gradient: &[f32], norm: Option<Loaded<'_>>, sums: Option<&mut Sums>) {
+/// `scratch` is as long.
+fn before_norm(
+    x: &mut [f32],
+    gradient: &[f32],
+    norm: Option<Loaded<'_>>,
+    sums: Option<&mut Sums>,
+    scratch: &mut [f32],
+) {
     match (norm, sums) {
         (Some(norm), Some(sums)) => {
-            let mut out = vec![0.0; x.len()];
-            norm.row_backward(&mut out, gradient, x, sums);
-            x.copy_from_slice(&out);
+            scratch.fill(0.0);
+            norm.row_backward(scratch, gradient, x, sums);
+            x.copy_from_slice(scratch);
         }
         _ => x.copy_from_slice(gradient),
     }
