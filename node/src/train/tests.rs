@@ -166,10 +166,9 @@ async fn whole_nodes_and_a_chain_train_one_run_through_a_kill_and_a_restart_of_a
         assert_eq!(status.rounds_agreed, agreed as u64, "{status:?}");
     }
     let seconds: Vec<f64> = all[0].recent.iter().map(|report| report.seconds).collect();
-    assert!(
-        seconds.len() == 8 && seconds.iter().all(|seconds| *seconds > 0.0),
-        "{seconds:?}"
-    );
+    // Of the round that was under way at the restart, only what came after it is known; that may be nothing.
+    let timed = seconds.iter().filter(|seconds| **seconds > 0.0).count();
+    assert!(seconds.len() == 8 && timed >= 7, "{seconds:?}");
     let folder = homes[3].path().join("exported");
     nodes[3].0.export("toy", &folder).await.unwrap();
     assert!(folder.join("model.safetensors").is_file());
