@@ -4,7 +4,7 @@ use half::{bf16, f16};
 
 use super::PackedType;
 use super::activations::{ActivationRow, Activations};
-use super::blocks::{UNIT, unit, units_per_block};
+use super::blocks::{UNIT, has_two_minima, unit, units_per_block};
 
 /// Partial sums of a packed product: lane `l` takes elements `4l` to `4l + 3` of every unit.
 pub(super) const LANES: usize = 8;
@@ -98,17 +98,26 @@ fn dot(ty: PackedType, row: &[u8], x: ActivationRow<'_>) -> f32 {
     let mut lanes = [0.0; LANES];
     let mut minima = 0.0;
     let units = units_per_block(ty);
+    let two_minima = has_two_minima(ty);
     for (b, block) in row.chunks_exact(ty.block_bytes()).enumerate() {
         for index in 0..units {
             let unit = unit(ty, block, index);
             let at = b * units + index;
             for (l, lane) in lanes.iter_mut().enumerate() {
-                let sum: i32 = (4 * l..4 * l + 4)
-                    .map(|i| i32::from(unit.quants[i]) * i32::from(x.quants[at][i]))
-                    .sum();
-                *lane += sum as f32 * (unit.scales[l * 4 / (UNIT / 2)] * x.scales[at]);
+                let half = l * 4 / (UNIT / 2);
+                let four = 4 * l..4 * l + 4;
+                let products = four
+                    .clone()
+                    .map(|i| i32::from(unit.quants[i]) * i32::from(x.quants[at][i]));
+                *lane += products.sum::<i32>() as f32 * (unit.scales[half] * x.scales[at]);
+                if two_minima {
+                    let sum: i32 = four.map(|i| i32::from(x.quants[at][i])).sum();
+                    *lane += sum as f32 * (unit.minima[half] * x.scales[at]);
+                }
             }
-            minima += unit.minimum * x.sums[at];
+            if !two_minima {
+                minima += unit.minima[0] * x.sums[at];
+            }
         }
     }
     sum_of_lanes(lanes) + minima

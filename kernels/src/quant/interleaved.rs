@@ -16,6 +16,7 @@ use half::{bf16, f16};
 use super::activations::Activations;
 use super::blocks::UNIT;
 use super::dot::Path;
+use super::lay::lay_group;
 use super::{PackedType, QuantError};
 use crate::team;
 
@@ -79,7 +80,7 @@ impl Kind {
         matches!(self, Self::Half | Self::Brain)
     }
 
-    const fn group(self) -> usize {
+    pub(super) const fn group(self) -> usize {
         if self.is_float() { FLOAT_GROUP } else { GROUP }
     }
 }
@@ -355,55 +356,6 @@ impl<T> Pieces<T> {
     unsafe fn at(&self, index: usize) -> *mut T {
         // SAFETY: the caller's promise.
         unsafe { self.0.add(index) }
-    }
-}
-
-/// Lays out the first rows of `bytes`, as many as a group takes.
-fn lay_group(kind: Kind, bytes: &[u8], row_bytes: usize, quants: &mut [Line], scales: &mut [u16]) {
-    let rows = bytes.chunks_exact(row_bytes).take(kind.group());
-    for (row, bytes) in rows.enumerate() {
-        match kind {
-            Kind::Bytes => lay_bytes(bytes, row, quants, scales),
-            Kind::CentredNibbles => lay_nibbles::<18>(bytes, row, quants, scales),
-            Kind::Nibbles => lay_nibbles::<20>(bytes, row, quants, scales),
-            Kind::Half | Kind::Brain => lay_floats(bytes, row, quants),
-        }
-    }
-}
-
-fn lay_bytes(bytes: &[u8], row: usize, quants: &mut [Line], scales: &mut [u16]) {
-    let blocks = bytes.as_chunks::<34>().0.iter();
-    let units = quants.as_chunks_mut::<8>().0.iter_mut();
-    for ((block, lines), scales) in blocks.zip(units).zip(scales.as_chunks_mut::<GROUP>().0) {
-        scales[row] = u16::from_le_bytes([block[0], block[1]]);
-        for (line, four) in lines.iter_mut().zip(block[2..].as_chunks::<4>().0) {
-            // 128 above a two's complement number is its sign bit turned.
-            let four = u32::from_le_bytes(*four) ^ 0x8080_8080;
-            line.0[4 * row..4 * row + 4].copy_from_slice(&four.to_le_bytes());
-        }
-    }
-}
-
-/// Blocks of `BYTES` bytes that end in 16 bytes of nibbles, elements 0 to 15 low and 16 to 31 high, as lines have them:
-/// line `k` has columns `4k ..` low and `16 + 4k ..` high.
-fn lay_nibbles<const BYTES: usize>(bytes: &[u8], row: usize, quants: &mut [Line], scales: &mut [u16]) {
-    let per_unit = GROUP * (BYTES - 16) / 2;
-    let blocks = bytes.as_chunks::<BYTES>().0.iter();
-    let units = quants.as_chunks_mut::<4>().0.iter_mut();
-    for ((block, lines), scales) in blocks.zip(units).zip(scales.chunks_exact_mut(per_unit)) {
-        let (numbers, nibbles) = block.split_at(BYTES - 16);
-        for (number, scales) in numbers.as_chunks::<2>().0.iter().zip(scales.as_chunks_mut::<GROUP>().0) {
-            scales[row] = u16::from_le_bytes(*number);
-        }
-        for (line, four) in lines.iter_mut().zip(nibbles.as_chunks::<4>().0) {
-            line.0[4 * row..4 * row + 4].copy_from_slice(four);
-        }
-    }
-}
-
-fn lay_floats(bytes: &[u8], row: usize, quants: &mut [Line]) {
-    for (line, value) in quants.iter_mut().zip(bytes.as_chunks::<2>().0) {
-        line.0[2 * row..2 * row + 2].copy_from_slice(value);
     }
 }
 

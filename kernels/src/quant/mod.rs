@@ -12,9 +12,11 @@ mod dot;
 mod interleaved;
 #[cfg(target_arch = "x86_64")]
 mod interleaved_simd;
+mod lay;
 mod matrix;
 mod narrow;
 mod narrow_k;
+mod narrow_table;
 mod packed_type;
 #[cfg(target_arch = "x86_64")]
 mod simd;

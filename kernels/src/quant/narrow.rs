@@ -2,7 +2,8 @@
 
 use half::{bf16, f16};
 
-use super::narrow_k::{narrow_q6, narrow_scaled};
+use super::narrow_k::{narrow_q2, narrow_q3, narrow_q6, narrow_scaled};
+use super::narrow_table::{narrow_mxfp4, narrow_uneven};
 use super::{PackedType, QuantError};
 
 /// Packs `values` into blocks of `ty`.
@@ -41,6 +42,26 @@ pub fn narrow(ty: PackedType, values: &[f32]) -> Result<Vec<u8>, QuantError> {
             .0
             .iter()
             .for_each(|block| narrow_q5_1(block, &mut bytes)),
+        PackedType::Iq4Nl => values
+            .as_chunks()
+            .0
+            .iter()
+            .for_each(|block| narrow_uneven(block, &mut bytes)),
+        PackedType::Mxfp4 => values
+            .as_chunks()
+            .0
+            .iter()
+            .for_each(|block| narrow_mxfp4(block, &mut bytes)),
+        PackedType::Q2K => values
+            .as_chunks()
+            .0
+            .iter()
+            .for_each(|block| narrow_q2(block, &mut bytes)),
+        PackedType::Q3K => values
+            .as_chunks()
+            .0
+            .iter()
+            .for_each(|block| narrow_q3(block, &mut bytes)),
         PackedType::Q4K => values
             .as_chunks()
             .0
@@ -161,6 +182,10 @@ mod tests {
             (PackedType::Q4_1, 6.0 / 15.0),
             (PackedType::Q5_0, 3.0 / 16.0),
             (PackedType::Q5_1, 6.0 / 31.0),
+            (PackedType::Iq4Nl, 3.0 / 8.0),
+            (PackedType::Mxfp4, 3.0 / 3.0),
+            (PackedType::Q2K, 6.0 / 3.0),
+            (PackedType::Q3K, 3.0 / 4.0),
             (PackedType::Q4K, 6.0 / 15.0),
             (PackedType::Q5K, 6.0 / 31.0),
             (PackedType::Q6K, 3.0 / 32.0),
@@ -194,7 +219,11 @@ mod tests {
             (PackedType::Q5_0, 0.053),
             (PackedType::Q4K, 0.081),
             (PackedType::Q4_1, 0.094),
+            (PackedType::Iq4Nl, 0.09),
             (PackedType::Q4_0, 0.107),
+            (PackedType::Mxfp4, 0.15),
+            (PackedType::Q3K, 0.17),
+            (PackedType::Q2K, 0.33),
         ] {
             let found = error(ty);
             println!("{ty:5} relative error {found:.4}");

@@ -7,6 +7,8 @@ use half::f16;
 
 const BLOCK: usize = 256;
 const SUB_BLOCK: usize = 32;
+/// Elements of a sub-block of the types with sixteen of them.
+const SMALL: usize = 16;
 /// Candidates of an inverse scale, a twentieth of a step apart.
 const CANDIDATES: i32 = 20;
 
@@ -49,7 +51,7 @@ pub(super) fn narrow_scaled(block: &[f32; BLOCK], bits: u32, bytes: &mut Vec<u8>
 pub(super) fn narrow_q6(block: &[f32; BLOCK], bytes: &mut Vec<u8>) {
     let mut fits = [0f32; 16];
     for (fit, values) in fits.iter_mut().zip(block.as_chunks::<16>().0) {
-        *fit = symmetric_scale(values);
+        *fit = symmetric_scale(values, 32.0);
     }
     // The scale of largest size becomes exactly −128 units: the code that has no positive twin.
     let d = f16::from_f32(largest_by_size(&fits) / -128.0);
@@ -76,16 +78,77 @@ pub(super) fn narrow_q6(block: &[f32; BLOCK], bytes: &mut Vec<u8>) {
     bytes.extend(d.to_le_bytes());
 }
 
+/// Packs one block with 16 scales and 16 minima of 4 bits and codes of 2: Q2_K.
+pub(super) fn narrow_q2(block: &[f32; BLOCK], bytes: &mut Vec<u8>) {
+    let mut fits = [(0f32, 0f32); 16];
+    for (fit, values) in fits.iter_mut().zip(block.as_chunks::<SMALL>().0) {
+        *fit = scale_and_minimum(values, 3.0);
+    }
+    let largest = |of: fn(&(f32, f32)) -> f32| fits.iter().map(of).fold(0f32, f32::max);
+    let d = f16::from_f32(largest(|fit| fit.0) / 15.0);
+    let d_minimum = f16::from_f32(largest(|fit| fit.1) / 15.0);
+    let four_bits = |value: f32, unit: f16| (value * inverse_or_zero(unit.to_f32())).round().clamp(0.0, 15.0) as u8;
+    let mut codes = [0u8; BLOCK];
+    for (index, (fit, values)) in fits.iter().zip(block.as_chunks::<SMALL>().0).enumerate() {
+        let (scale, minimum) = (four_bits(fit.0, d), four_bits(fit.1, d_minimum));
+        bytes.push(scale | minimum << 4);
+        let inverse = inverse_or_zero(d.to_f32() * f32::from(scale));
+        let minimum = d_minimum.to_f32() * f32::from(minimum);
+        for (code, value) in codes[index * SMALL..].iter_mut().zip(values) {
+            *code = ((value + minimum) * inverse).round().clamp(0.0, 3.0) as u8;
+        }
+    }
+    push_two_bits(&codes, bytes);
+    bytes.extend(d.to_le_bytes());
+    bytes.extend(d_minimum.to_le_bytes());
+}
+
+/// Packs one block with 16 scales of 6 bits and codes of 3: Q3_K.
+pub(super) fn narrow_q3(block: &[f32; BLOCK], bytes: &mut Vec<u8>) {
+    let mut fits = [0f32; 16];
+    for (fit, values) in fits.iter_mut().zip(block.as_chunks::<SMALL>().0) {
+        *fit = symmetric_scale(values, 4.0);
+    }
+    // The scale of largest size becomes exactly −32 units: the code that has no positive twin.
+    let d = f16::from_f32(largest_by_size(&fits) / -32.0);
+    let inverse = inverse_or_zero(d.to_f32());
+    let (mut codes, mut scales, mut upper) = ([0u8; BLOCK], [0u8; 12], [0u8; 32]);
+    for (index, (fit, values)) in fits.iter().zip(block.as_chunks::<SMALL>().0).enumerate() {
+        let scale = (fit * inverse).round().clamp(-32.0, 31.0);
+        let stored = (scale as i8 + 32) as u8;
+        scales[index % 8] |= (stored & 15) << (index / 8 * 4);
+        scales[8 + index % 4] |= stored >> 4 << (index / 4 * 2);
+        let inverse = inverse_or_zero(d.to_f32() * scale);
+        for (i, value) in values.iter().enumerate() {
+            let code = ((value * inverse).round().clamp(-4.0, 3.0) as i8 + 4) as u8;
+            let element = index * SMALL + i;
+            codes[element] = code & 3;
+            upper[element % 32] |= code >> 2 << (element / 32);
+        }
+    }
+    bytes.extend(upper);
+    push_two_bits(&codes, bytes);
+    bytes.extend(scales);
+    bytes.extend(d.to_le_bytes());
+}
+
+/// 128 codes share 32 bytes, as four rows of 32.
+fn push_two_bits(codes: &[u8; BLOCK], bytes: &mut Vec<u8>) {
+    for half in codes.as_chunks::<128>().0 {
+        bytes.extend((0..32).map(|j| (0..4).fold(0u8, |byte, i| byte | half[i * 32 + j] << (2 * i))));
+    }
+}
+
 /// The scale `s` and the minimum `m`, neither negative, for which `s·q − m` with whole `q` from 0 to `top` is near the
 /// values: for each of some inverse scales the codes, and for the codes the weighted least squares.
-fn scale_and_minimum(values: &[f32; SUB_BLOCK], top: f32) -> (f32, f32) {
+fn scale_and_minimum<const N: usize>(values: &[f32; N], top: f32) -> (f32, f32) {
     let least = values.iter().copied().fold(0f32, f32::min);
     let largest = values.iter().copied().fold(0f32, f32::max);
     if largest - least < f32::MIN_POSITIVE {
         return (0.0, 0.0);
     }
     // Large weights matter more, and small ones still matter.
-    let mean_square = values.iter().map(|value| value * value).sum::<f32>() / SUB_BLOCK as f32;
+    let mean_square = values.iter().map(|value| value * value).sum::<f32>() / N as f32;
     let weights = values.map(|value| mean_square.sqrt() + value.abs());
     let mut best = ((largest - least) / top, -least);
     let mut best_error = f32::INFINITY;
@@ -122,8 +185,8 @@ fn scale_and_minimum(values: &[f32; SUB_BLOCK], top: f32) -> (f32, f32) {
     best
 }
 
-/// The scale, of either sign, for which whole multiples from −32 to 31 are near the values.
-fn symmetric_scale(values: &[f32; 16]) -> f32 {
+/// The scale, of either sign, for which whole multiples from −`end` up to below `end` are near the values.
+fn symmetric_scale(values: &[f32; SMALL], end: f32) -> f32 {
     let extreme = largest_by_size(values);
     if extreme.abs() < f32::MIN_POSITIVE {
         return 0.0;
@@ -131,10 +194,10 @@ fn symmetric_scale(values: &[f32; 16]) -> f32 {
     let mut best = 0.0;
     let mut best_gain = 0.0;
     for step in -CANDIDATES / 2..=CANDIDATES / 2 {
-        let inverse = -(32.0 + step as f32 / 10.0) / extreme;
+        let inverse = -(end + step as f32 / 10.0) / extreme;
         let (mut wqq, mut wqx) = (0f32, 0f32);
         for value in values {
-            let code = (value * inverse).round().clamp(-32.0, 31.0);
+            let code = (value * inverse).round().clamp(-end, end - 1.0);
             let weight = value * value;
             wqq += weight * code * code;
             wqx += weight * code * value;
@@ -144,7 +207,7 @@ fn symmetric_scale(values: &[f32; 16]) -> f32 {
             (best, best_gain) = (wqx / wqq, wqx * wqx / wqq);
         }
     }
-    if best == 0.0 { extreme / -32.0 } else { best }
+    if best == 0.0 { extreme / -end } else { best }
 }
 
 /// As `blocks::k_scale_and_minimum` reads them.

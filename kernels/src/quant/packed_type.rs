@@ -24,6 +24,17 @@ pub enum PackedType {
     Q5_0,
     /// 32 elements: f16 `d`, f16 `m`, 4 bytes of fifth bits, 16 bytes of nibbles; value `d·q + m`.
     Q5_1,
+    /// 32 elements: f16 `d`, 16 bytes of nibbles; value `d·c[q]`, `c` being sixteen unevenly spaced whole numbers.
+    Iq4Nl,
+    /// 32 elements: one byte, the exponent `e`, 16 bytes of nibbles, E2M1 floats; value `2^(e − 128)·c[q]`, `c` being
+    /// twice the floats (OCP Microscaling Formats 1.0).
+    Mxfp4,
+    /// 256 elements: 16 bytes of 4-bit scales and minima, 64 bytes of 2 bits each, f16 `d`, f16 `dmin`; value
+    /// `d·s·q − dmin·m`.
+    Q2K,
+    /// 256 elements: 32 bytes of upper bits, 64 bytes of 2 bits each, 12 bytes of sixteen 6-bit scales, f16 `d`; value
+    /// `d·(s − 32)·(q − 4)`.
+    Q3K,
     /// 256 elements: f16 `d`, f16 `dmin`, 12 bytes of eight 6-bit scales and minima, 128 bytes of nibbles.
     Q4K,
     /// 256 elements: as [`PackedType::Q4K`], with 32 bytes of fifth bits before the nibbles.
@@ -34,7 +45,7 @@ pub enum PackedType {
 
 impl PackedType {
     /// Every type.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 15] = [
         Self::F32,
         Self::F16,
         Self::BF16,
@@ -43,6 +54,10 @@ impl PackedType {
         Self::Q4_1,
         Self::Q5_0,
         Self::Q5_1,
+        Self::Iq4Nl,
+        Self::Mxfp4,
+        Self::Q2K,
+        Self::Q3K,
         Self::Q4K,
         Self::Q5K,
         Self::Q6K,
@@ -52,8 +67,8 @@ impl PackedType {
     pub const fn block_elements(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::BF16 => 1,
-            Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 => 32,
-            Self::Q4K | Self::Q5K | Self::Q6K => 256,
+            Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Iq4Nl | Self::Mxfp4 => 32,
+            Self::Q2K | Self::Q3K | Self::Q4K | Self::Q5K | Self::Q6K => 256,
         }
     }
 
@@ -63,10 +78,13 @@ impl PackedType {
             Self::F32 => 4,
             Self::F16 | Self::BF16 => 2,
             Self::Q8_0 => 34,
-            Self::Q4_0 => 18,
+            Self::Q4_0 | Self::Iq4Nl => 18,
+            Self::Mxfp4 => 17,
             Self::Q4_1 => 20,
             Self::Q5_0 => 22,
             Self::Q5_1 => 24,
+            Self::Q2K => 84,
+            Self::Q3K => 110,
             Self::Q4K => 144,
             Self::Q5K => 176,
             Self::Q6K => 210,
@@ -116,10 +134,14 @@ impl PackedType {
             6 => Self::Q5_0,
             7 => Self::Q5_1,
             8 => Self::Q8_0,
+            10 => Self::Q2K,
+            11 => Self::Q3K,
             12 => Self::Q4K,
             13 => Self::Q5K,
             14 => Self::Q6K,
+            20 => Self::Iq4Nl,
             30 => Self::BF16,
+            39 => Self::Mxfp4,
             _ => return None,
         })
     }
@@ -134,10 +156,14 @@ impl PackedType {
             Self::Q5_0 => 6,
             Self::Q5_1 => 7,
             Self::Q8_0 => 8,
+            Self::Q2K => 10,
+            Self::Q3K => 11,
             Self::Q4K => 12,
             Self::Q5K => 13,
             Self::Q6K => 14,
+            Self::Iq4Nl => 20,
             Self::BF16 => 30,
+            Self::Mxfp4 => 39,
         }
     }
 
@@ -152,6 +178,10 @@ impl PackedType {
             Self::Q4_1 => "Q4_1",
             Self::Q5_0 => "Q5_0",
             Self::Q5_1 => "Q5_1",
+            Self::Iq4Nl => "IQ4_NL",
+            Self::Mxfp4 => "MXFP4",
+            Self::Q2K => "Q2_K",
+            Self::Q3K => "Q3_K",
             Self::Q4K => "Q4_K",
             Self::Q5K => "Q5_K",
             Self::Q6K => "Q6_K",
@@ -188,7 +218,7 @@ mod tests {
             assert_eq!(ty.name().parse(), Ok(ty));
             assert_eq!(PackedType::from_ggml_code(ty.ggml_code()), Some(ty));
         }
-        assert!("Q3_K".parse::<PackedType>().is_err());
+        assert!("Q7_K".parse::<PackedType>().is_err());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 
 use super::PackedType;
 use super::activations::{ActivationRow, Activations};
-use super::blocks::{UNIT, k_scale_and_minimum};
+use super::blocks::{TWICE_E2M1, UNEVEN, UNIT, half_power, has_two_minima, k_scale_and_minimum, q3_scale};
 use super::dot::{LANES, float_dot, sum_of_lanes, widen_floats};
 
 /// Activation rows that one pass over a weight row is multiplied with.
@@ -96,6 +96,10 @@ unsafe fn multiply_rows<const VNNI: bool>(
             PackedType::Q4_1 => rows_of::<Q4_1, VNNI>(rows, row_bytes, x, n, out),
             PackedType::Q5_0 => rows_of::<Q5_0, VNNI>(rows, row_bytes, x, n, out),
             PackedType::Q5_1 => rows_of::<Q5_1, VNNI>(rows, row_bytes, x, n, out),
+            PackedType::Iq4Nl => rows_of::<Iq4Nl, VNNI>(rows, row_bytes, x, n, out),
+            PackedType::Mxfp4 => rows_of::<Mxfp4, VNNI>(rows, row_bytes, x, n, out),
+            PackedType::Q2K => rows_of::<Q2K, VNNI>(rows, row_bytes, x, n, out),
+            PackedType::Q3K => rows_of::<Q3K, VNNI>(rows, row_bytes, x, n, out),
             PackedType::Q4K => rows_of::<Q4K, VNNI>(rows, row_bytes, x, n, out),
             PackedType::Q5K => rows_of::<Q5K, VNNI>(rows, row_bytes, x, n, out),
             PackedType::Q6K => rows_of::<Q6K, VNNI>(rows, row_bytes, x, n, out),
@@ -151,7 +155,11 @@ unsafe fn dots<B: Block, const VNNI: bool, const N: usize>(row: &[u8], x: [Activ
                     };
                     let scale = _mm256_mul_ps(unit.scales, _mm256_set1_ps(x[i].scales[at]));
                     lanes[i] = _mm256_add_ps(lanes[i], _mm256_mul_ps(_mm256_cvtepi32_ps(sums), scale));
-                    if !B::SIGNED {
+                    if B::SIZE.two_minima {
+                        let sums = dot_bytes::<VNNI>(_mm256_set1_epi8(1), quants);
+                        let scale = _mm256_mul_ps(unit.minima, _mm256_set1_ps(x[i].scales[at]));
+                        lanes[i] = _mm256_add_ps(lanes[i], _mm256_mul_ps(_mm256_cvtepi32_ps(sums), scale));
+                    } else if !B::SIGNED {
                         minima[i] += unit.minimum * x[i].sums[at];
                     }
                 }
@@ -185,18 +193,22 @@ struct Unit {
     quants: __m256i,
     scales: __m256,
     minimum: f32,
+    /// Those of a type with two.
+    minima: __m256,
 }
 
 /// The size of a block.
 struct Size {
     bytes: usize,
     units: usize,
+    two_minima: bool,
 }
 
 const fn size(ty: PackedType) -> Size {
     Size {
         bytes: ty.block_bytes(),
         units: ty.block_elements() / UNIT,
+        two_minima: has_two_minima(ty),
     }
 }
 
@@ -215,6 +227,10 @@ struct Q4_0;
 struct Q4_1;
 struct Q5_0;
 struct Q5_1;
+struct Iq4Nl;
+struct Mxfp4;
+struct Q2K;
+struct Q3K;
 struct Q4K;
 struct Q5K;
 struct Q6K;
@@ -284,6 +300,66 @@ impl Block for Q5_1 {
     }
 }
 
+impl Block for Iq4Nl {
+    const SIZE: Size = size(PackedType::Iq4Nl);
+    const SIGNED: bool = true;
+
+    #[inline(always)]
+    unsafe fn unit(block: &[u8], _: usize) -> Unit {
+        // SAFETY: the caller has the instructions.
+        unsafe { uniform(looked_up(&UNEVEN, block, 2), half_at(block, 0), 0.0) }
+    }
+}
+
+impl Block for Mxfp4 {
+    const SIZE: Size = size(PackedType::Mxfp4);
+    const SIGNED: bool = true;
+
+    #[inline(always)]
+    unsafe fn unit(block: &[u8], _: usize) -> Unit {
+        // SAFETY: the caller has the instructions.
+        unsafe { uniform(looked_up(&TWICE_E2M1, block, 1), half_power(block[0]), 0.0) }
+    }
+}
+
+impl Block for Q2K {
+    const SIZE: Size = size(PackedType::Q2K);
+    const SIGNED: bool = false;
+
+    #[inline(always)]
+    unsafe fn unit(block: &[u8], index: usize) -> Unit {
+        // SAFETY: the caller has the instructions.
+        unsafe {
+            let (d, d_minimum) = (half_at(block, 80), half_at(block, 82));
+            let packed = [block[2 * index], block[2 * index + 1]];
+            halves(
+                two_bits(block, 16, index),
+                packed.map(|both| d * f32::from(both & 15)),
+                packed.map(|both| -d_minimum * f32::from(both >> 4)),
+            )
+        }
+    }
+}
+
+impl Block for Q3K {
+    const SIZE: Size = size(PackedType::Q3K);
+    const SIGNED: bool = true;
+
+    #[inline(always)]
+    unsafe fn unit(block: &[u8], index: usize) -> Unit {
+        // SAFETY: the caller has the instructions.
+        unsafe {
+            let bit = _mm256_set1_epi8(1i8.wrapping_shl(index as u32));
+            let unset = _mm256_cmpeq_epi8(_mm256_and_si256(load_32(block, 0), bit), _mm256_setzero_si256());
+            let quants = _mm256_sub_epi8(two_bits(block, 32, index), _mm256_and_si256(unset, _mm256_set1_epi8(4)));
+            let d = half_at(block, 108);
+            let packed = array_at::<12>(block, 96);
+            let scales = [2 * index, 2 * index + 1].map(|half| d * f32::from(q3_scale(packed, half)));
+            halves(quants, scales, [0.0; 2])
+        }
+    }
+}
+
 impl Block for Q4K {
     const SIZE: Size = size(PackedType::Q4K);
     const SIGNED: bool = false;
@@ -327,12 +403,7 @@ impl Block for Q6K {
             let quants = _mm256_sub_epi8(_mm256_or_si256(low, high), _mm256_set1_epi8(32));
             let d = half_at(block, 208);
             let scale = |i: usize| d * f32::from(i8::from_le_bytes([block[192 + index * 2 + i]]));
-            let scales = _mm256_set_m128(_mm_set1_ps(scale(1)), _mm_set1_ps(scale(0)));
-            Unit {
-                quants,
-                scales,
-                minimum: 0.0,
-            }
+            halves(quants, [scale(0), scale(1)], [0.0; 2])
         }
     }
 }
@@ -354,11 +425,28 @@ unsafe fn k_unit(block: &[u8], index: usize, quants: __m256i) -> Unit {
 #[inline(always)]
 unsafe fn uniform(quants: __m256i, scale: f32, minimum: f32) -> Unit {
     // SAFETY: the caller has the instructions.
-    let scales = unsafe { _mm256_set1_ps(scale) };
-    Unit {
-        quants,
-        scales,
-        minimum,
+    unsafe {
+        Unit {
+            quants,
+            scales: _mm256_set1_ps(scale),
+            minimum,
+            minima: _mm256_setzero_ps(),
+        }
+    }
+}
+
+/// A unit whose halves differ.
+#[inline(always)]
+unsafe fn halves(quants: __m256i, scales: [f32; 2], minima: [f32; 2]) -> Unit {
+    // SAFETY: the caller has the instructions.
+    unsafe {
+        let both = |[low, high]: [f32; 2]| _mm256_set_m128(_mm_set1_ps(high), _mm_set1_ps(low));
+        Unit {
+            quants,
+            scales: both(scales),
+            minimum: 0.0,
+            minima: both(minima),
+        }
     }
 }
 
@@ -389,6 +477,26 @@ unsafe fn nibbles(block: &[u8], at: usize) -> __m256i {
         let bytes = _mm_loadu_si128(array_at::<16>(block, at).as_ptr().cast());
         let both = _mm256_set_m128i(_mm_srli_epi16::<4>(bytes), bytes);
         _mm256_and_si256(both, _mm256_set1_epi8(15))
+    }
+}
+
+/// 16 bytes to what their 32 nibbles stand for.
+#[inline(always)]
+unsafe fn looked_up(table: &[i8; 16], block: &[u8], at: usize) -> __m256i {
+    // SAFETY: the caller has the instructions; the array has the 16 bytes that are read.
+    unsafe {
+        let table = _mm_loadu_si128(table.as_ptr().cast());
+        _mm256_shuffle_epi8(_mm256_set_m128i(table, table), nibbles(block, at))
+    }
+}
+
+/// Of 32 bytes that hold four units the two bits of one.
+#[inline(always)]
+unsafe fn two_bits(block: &[u8], at: usize, index: usize) -> __m256i {
+    // SAFETY: the caller has the instructions.
+    unsafe {
+        let bytes = shift_right(load_32(block, at + index / 4 * 32), index % 4 * 2);
+        _mm256_and_si256(bytes, _mm256_set1_epi8(3))
     }
 }
 

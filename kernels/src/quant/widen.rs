@@ -43,7 +43,7 @@ pub fn widen(ty: PackedType, bytes: &[u8], out: &mut [f32]) -> Result<(), QuantE
                 for index in 0..units_per_block(ty) {
                     let unit = unit(ty, block, index);
                     for (i, value) in values[index * UNIT..][..UNIT].iter_mut().enumerate() {
-                        *value = unit.scales[i / 16] * f32::from(unit.quants[i]) + unit.minimum;
+                        *value = unit.scales[i / 16] * f32::from(unit.quants[i]) + unit.minima[i / 16];
                     }
                 }
             }
@@ -103,6 +103,51 @@ mod tests {
         assert_eq!(values[0], 33.0 * 2.0 - 3.0);
         assert_eq!(values[1], -3.0);
         assert_eq!(values[128], 31.0 - 37.0);
+    }
+
+    #[test]
+    fn q3_k_joins_two_bits_and_an_upper_one_under_sixteen_scales() {
+        let mut block = vec![0u8; 110];
+        block[0] = 0b1000_0001; // Upper bits of elements 0 and 224.
+        block[32] = 0b11_00_00_10; // Lower bits of elements 0, 32, 64 and 96.
+        block[96] = 0x5f; // Lower bits of scale 0 (15) and of scale 8 (5).
+        block[96 + 8] = 0b01_10_00_11; // Upper bits of scales 0, 4, 8 and 12.
+        block[108..].copy_from_slice(&f16::from_f32(0.5).to_le_bytes());
+        let mut values = [0.0; 256];
+        widen(PackedType::Q3K, &block, &mut values).unwrap();
+        assert_eq!(values[0], 0.5 * (63.0 - 32.0) * (2.0 + 4.0 - 4.0));
+        assert_eq!(values[96], 0.5 * -32.0 * (3.0 - 4.0));
+        assert_eq!(values[128], 0.5 * (37.0 - 32.0) * -4.0);
+        assert_eq!(values[224], 0.0);
+    }
+
+    #[test]
+    fn q2_k_has_a_scale_and_a_minimum_for_sixteen() {
+        let mut block = vec![0u8; 84];
+        block[0] = 0x32; // Elements 0 to 15: scale 2, minimum 3.
+        block[1] = 0x0f; // Elements 16 to 31.
+        block[16] = 0b00_00_00_11;
+        block[32] = 0b00_00_00_01;
+        block[80..82].copy_from_slice(&f16::from_f32(0.25).to_le_bytes());
+        block[82..].copy_from_slice(&f16::from_f32(2.0).to_le_bytes());
+        let mut values = [0.0; 256];
+        widen(PackedType::Q2K, &block, &mut values).unwrap();
+        assert_eq!(values[0], 0.25 * 2.0 * 3.0 - 6.0);
+        assert_eq!(values[1], -6.0);
+        assert_eq!(values[16], 0.25 * 15.0);
+    }
+
+    #[test]
+    fn mxfp4_has_powers_of_two_down_to_the_least() {
+        let mut block = vec![0u8; 17];
+        block[0] = 127;
+        block[1] = 0x9f; // −6, then −0.5.
+        let mut values = [0.0; 32];
+        widen(PackedType::Mxfp4, &block, &mut values).unwrap();
+        assert_eq!([values[0], values[16]], [-6.0, -0.5]);
+        block[0] = 0;
+        widen(PackedType::Mxfp4, &block, &mut values).unwrap();
+        assert_eq!(values[0], -12.0 * 2f32.powi(-126) / 4.0);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Text to tokens and back, and conversations to prompts.
 
 mod base64;
+mod byte_pairs;
 mod chat;
 mod make;
 pub(crate) mod pieces;

@@ -1,6 +1,12 @@
 //! A `tokenizer.json`.
 
+use tokenizers::{DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, TokenizerImpl};
+
+use super::byte_pairs::BytePairs;
 use super::{StreamDecoder, TextError};
+
+type BytePairTokenizer =
+    TokenizerImpl<BytePairs, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
 
 /// Turns text into token ids and back.
 pub struct Tokenizer {
@@ -22,13 +28,24 @@ impl Tokenizer {
     ///
     /// [`TextError::Tokenizer`] says where the file is wrong.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, TextError> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| TextError::Tokenizer {
-            reason: error.to_string(),
-        })?;
+        let (mut inner, largest) = match serde_json::from_slice::<BytePairTokenizer>(bytes) {
+            Ok(tokenizer) => {
+                let added = tokenizer.get_added_vocabulary().get_added_tokens_decoder();
+                let largest = added.keys().copied().max().max(tokenizer.get_model().largest);
+                (tokenizers::Tokenizer::from(tokenizer), largest)
+            }
+            // Another kind of model, or no tokenizer at all: this reader tells them apart, and what is wrong.
+            Err(_) => {
+                let inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| TextError::Tokenizer {
+                    reason: error.to_string(),
+                })?;
+                let largest = inner.get_vocab(true).into_values().max();
+                (inner, largest)
+            }
+        };
         // A file may ask for texts to be cut or padded to a length; a model's prompt is neither.
         let _ = inner.with_truncation(None);
         inner.with_padding(None);
-        let largest = inner.get_vocab(true).into_values().max();
         let vocabulary = largest.map_or(0, |id| id as usize + 1);
         Ok(Self { inner, vocabulary })
     }

@@ -173,6 +173,7 @@ fn narrowest_that_fits(to: PackedType, cols: usize) -> Option<PackedType> {
         return Some(to);
     }
     let smaller = match to {
+        PackedType::Q2K | PackedType::Q3K => PackedType::Iq4Nl,
         PackedType::Q4K => PackedType::Q5_0,
         PackedType::Q5K => PackedType::Q5_1,
         _ => PackedType::Q8_0,

@@ -111,6 +111,8 @@ pub fn first_token(source: &Path, threads: Option<usize>) -> Result<u32, BenchEr
     let tokens = Tokenizer::from_bytes(&tokenizer)?.encode(QUESTION)?;
     stage.open_session(1, 512.min(stage.config().context_tokens_max))?;
     let output = stage.forward(1, 0, Input::Tokens(&tokens), Want::LastLogits)?;
+    // The process ends now, and its memory with it.
+    std::mem::forget(stage);
     greedy(&output)
 }
 

@@ -70,7 +70,7 @@ enum Verb {
     Quantize {
         /// A model of this home, a Hugging Face folder, or a GGUF file
         model: String,
-        /// q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0, bf16, f16 or f32
+        /// q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0, iq4_nl, mxfp4, q3_k, q2_k, bf16, f16 or f32
         #[arg(long, value_name = "TYPE")]
         to: String,
         /// What to call the new model [default: the model's name and the type]
