@@ -1,7 +1,7 @@
 //! Answers of the local daemon as they come: server-sent events read into pieces of text.
 
 use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow};
 use polder_node::home::Home;
@@ -49,6 +49,9 @@ pub(crate) struct Choosing {
     /// End the answer before this text; may be given more than once
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+    /// Answer in JSON that keeps to the schema in this file; `any` for any JSON object
+    #[arg(long, value_name = "FILE")]
+    json_schema: Option<PathBuf>,
     /// Let only nodes of this institution compute: its name, its key, or `home` for your own; may be given more than once
     #[arg(long, value_name = "INSTITUTION")]
     trust: Vec<String>,
@@ -87,6 +90,9 @@ impl Choosing {
                 question[name] = value;
             }
         }
+        if let Some(file) = &self.json_schema {
+            question["response_format"] = response_format(file)?;
+        }
         if let Some(route) = self.route(home)? {
             question["route"] = route;
         }
@@ -115,6 +121,17 @@ impl Choosing {
         }
         Ok(Some(route))
     }
+}
+
+/// What the API calls an answer that keeps to the schema in `file`.
+fn response_format(file: &Path) -> anyhow::Result<Value> {
+    if file == Path::new("any") {
+        return Ok(json!({ "type": "json_object" }));
+    }
+    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let schema: Value =
+        serde_json::from_str(&text).with_context(|| format!("{} is not a JSON schema", file.display()))?;
+    Ok(json!({ "type": "json_schema", "json_schema": { "name": "answer", "schema": schema } }))
 }
 
 /// One message of a conversation.

@@ -44,6 +44,7 @@ fn three_nodes_answer_in_three_languages_as_one_node_does() {
         assert_eq!(answer["answer"], expected["answer"], "{question}");
     }
 
+    keeps_to_a_schema(&nodes[1], &alone[0], folder.path());
     let long = "word ".repeat(400);
     let refused = nodes[1].try_verb(&["ask", &long]).unwrap_err();
     assert!(refused.contains("tokens, and the context holds 256"), "{refused}");
@@ -83,6 +84,46 @@ fn a_node_killed_in_the_middle_of_an_answer_is_replaced_and_the_text_is_the_same
     assert_eq!(text, expected);
     assert!(lost >= 1 && chain.len() == 2, "{lost} lost, {chain:?}");
     assert_eq!(nodes.len(), 2, "one node was killed");
+}
+
+/// The stage that chooses sits on another node, and must keep to a schema that was given here.
+fn keeps_to_a_schema(node: &Node, alone: &Node, folder: &Path) {
+    let file = folder.join("schema.json");
+    let schema = json!({
+        "type": "object", "additionalProperties": false, "required": ["capital", "language"],
+        "properties": { "capital": { "enum": ["Paris", "Lyon"] }, "language": { "type": "string", "maxLength": 12 } },
+    });
+    std::fs::write(&file, schema.to_string()).unwrap();
+    let question = "Which city is the capital of France, and which language is spoken there?";
+    let ask = |node: &Node| {
+        let file = file.to_str().unwrap();
+        node.verb(&[
+            "ask",
+            "--temperature",
+            "0",
+            "--max-tokens",
+            "80",
+            "--json-schema",
+            file,
+            question,
+        ])
+    };
+    let answer = ask(node);
+    let text = answer["answer"].as_str().unwrap();
+    println!("{question} {text}");
+    let object: Value = serde_json::from_str(text).expect("an answer in JSON");
+    let keys: Vec<&String> = object.as_object().unwrap().keys().collect();
+    assert_eq!(keys.len(), 2, "{object}");
+    assert!(
+        ["Paris", "Lyon"].contains(&object["capital"].as_str().unwrap()),
+        "{object}"
+    );
+    assert!(object["language"].as_str().unwrap().chars().count() <= 12, "{object}");
+    assert_eq!(answer["finish_reason"], "stop");
+    assert_eq!(ask(alone)["answer"], answer["answer"]);
+    std::fs::write(&file, r#"{"type": "city"}"#).unwrap();
+    let refused = node.try_verb(&["ask", "--json-schema", file.to_str().unwrap(), question]);
+    assert!(refused.unwrap_err().contains("JSON schema"));
 }
 
 /// The text, who answered, and how many stages were lost. `seen` hears how many pieces have come.

@@ -10,6 +10,8 @@ use std::collections::BTreeMap;
 
 use polder_protocol::work::{ALTERNATIVES_MAX, Likely, Sampling, Written};
 
+use crate::text::TokenSet;
+
 /// A chosen token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Choice {
@@ -19,15 +21,34 @@ pub struct Choice {
     pub alternatives: Vec<Likely>,
 }
 
-/// Chooses the token at `position` from `logits` `[vocabulary]`; `None` where there are none.
+/// Chooses the token at `position` from `logits` `[vocabulary]`; `None` where there are none, or none is `allowed`.
 ///
 /// A temperature that is zero or no number is greedy: the largest logit, the lowest id among equals. A logit that is not
 /// a number is never chosen before one that is.
-pub fn sample(logits: &[f32], sampling: &Sampling, written: &Written, position: u32) -> Option<Choice> {
+pub fn sample(
+    logits: &[f32],
+    sampling: &Sampling,
+    written: &Written,
+    position: u32,
+    allowed: Option<&TokenSet>,
+) -> Option<Choice> {
     let likeliest = best(logits)?;
-    let penalised = sampling.looks_back().then(|| penalise(logits, sampling, written));
+    let mut penalised = sampling.looks_back().then(|| penalise(logits, sampling, written));
+    if let Some(allowed) = allowed {
+        let weighed = penalised.get_or_insert_with(|| logits.to_vec());
+        for (_, logit) in weighed
+            .iter_mut()
+            .enumerate()
+            .filter(|(token, _)| !allowed.contains(*token))
+        {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
     let weighed = penalised.as_deref().unwrap_or(logits);
     let first = best(weighed)?;
+    if allowed.is_some_and(|allowed| !allowed.contains(first)) {
+        return None;
+    }
     let token = match sampling.temperature > 0.0 && sampling.temperature.is_finite() {
         true => drawn(weighed, first, sampling, position),
         false => first,
@@ -296,7 +317,24 @@ mod tests {
             tokens: vec![u32::MAX, 1, 3],
             prompt_tokens: 0,
         };
-        assert_eq!(sample(&LOGITS, &sampling, &foreign, 0).unwrap().chosen.token, 2);
+        assert_eq!(sample(&LOGITS, &sampling, &foreign, 0, None).unwrap().chosen.token, 2);
+    }
+
+    #[test]
+    fn only_what_is_allowed_is_chosen() {
+        let only = |tokens: &[usize]| TokenSet::of(tokens);
+        for temperature in [0.0, 2.0] {
+            for position in 0..50 {
+                let how = how(temperature, 0, 1.0, 3);
+                let choose = |allowed: &TokenSet| sample(&LOGITS, &how, &Written::default(), position, Some(allowed));
+                assert_eq!(choose(&only(&[4])).unwrap().chosen.token, 4);
+                assert!([0, 2].contains(&choose(&only(&[0, 2, 70])).unwrap().chosen.token));
+                assert_eq!(choose(&only(&[])), None);
+                // How likely it was is told of the model, whatever was allowed.
+                let alone = choose(&only(&[4])).unwrap().chosen.log_probability;
+                assert!(alone < -4.0, "{alone}");
+            }
+        }
     }
 
     #[test]
@@ -324,7 +362,7 @@ mod tests {
     }
 
     fn choose(logits: &[f32], sampling: &Sampling, position: u32) -> Option<Choice> {
-        sample(logits, sampling, &Written::default(), position)
+        sample(logits, sampling, &Written::default(), position, None)
     }
 
     fn token(logits: &[f32], sampling: &Sampling, position: u32) -> u32 {

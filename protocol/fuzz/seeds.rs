@@ -23,7 +23,7 @@ use polder_protocol::wire::{
     self, Envelope, FRAME_BYTES, Farewell, FrameHeader, Greeting, Hello, Offer, PeerHint, Punch, Refusal, Reply,
     Request, Service, Standing,
 };
-use polder_protocol::work::{Answer, Likely, Order, Sampling, Task};
+use polder_protocol::work::{Answer, Grammar, Likely, Order, Sampling, Task};
 use polder_protocol::{hash, work};
 use serde::Serialize;
 
@@ -556,6 +556,7 @@ fn session_messages() -> Vec<Vec<u8>> {
         range: RANGE,
         context_tokens_max: 512,
         sampling: sampling(),
+        grammar: Some(Grammar::JsonSchema("{}".into())),
         prompt_tokens: 3,
         end_tokens: vec![2],
     };

@@ -62,6 +62,20 @@ pub enum Task {
         /// Room for so many tokens.
         context_tokens_max: u32,
     },
+    /// What a session's answer must keep to, at a stage with the head: from now on only tokens that `grammar` allows are
+    /// chosen. Answered with [`Answer::Done`], or [`Answer::Failed`] for a grammar that cannot be used.
+    Constrain {
+        /// Which stage.
+        stage: StageId,
+        /// Which session.
+        session: u64,
+        /// `tokenizer.json` on this machine.
+        tokenizer_file: String,
+        /// Tokens that end an answer; they may come when it is whole.
+        end_tokens: Vec<u32>,
+        /// What to keep to.
+        grammar: Grammar,
+    },
     /// Free KV cache. Answered with [`Answer::Done`], also when there is no such session.
     CloseSession {
         /// Which stage.
@@ -224,6 +238,13 @@ pub enum Task {
         /// What to turn.
         prompt: Prompt,
     },
+    /// See whether answers can keep to a grammar. Answered with [`Answer::Done`] or [`Answer::Failed`].
+    CheckGrammar {
+        /// Which tokenizer.
+        text: TextId,
+        /// What to keep to.
+        grammar: Grammar,
+    },
     /// Turn tokens into text; bytes that are not UTF-8 become U+FFFD, special tokens nothing. Answered with
     /// [`Answer::Text`].
     Decode {
@@ -239,9 +260,25 @@ impl Task {
     pub const fn is_text(&self) -> bool {
         matches!(
             self,
-            Self::TextLoad { .. } | Self::TextUnload { .. } | Self::Encode { .. } | Self::Decode { .. }
+            Self::TextLoad { .. }
+                | Self::TextUnload { .. }
+                | Self::Encode { .. }
+                | Self::CheckGrammar { .. }
+                | Self::Decode { .. }
         )
     }
+}
+
+/// The longest JSON schema.
+pub const GRAMMAR_BYTES_MAX: usize = 32 << 10;
+
+/// What an answer keeps to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Grammar {
+    /// A JSON object.
+    JsonObject,
+    /// JSON that this schema describes, at most [`GRAMMAR_BYTES_MAX`] long.
+    JsonSchema(String),
 }
 
 /// What a person wrote.
@@ -319,7 +356,7 @@ impl Sampling {
     }
 }
 
-/// The text before a token that is to be chosen, where [`Sampling::looks_back`]; else nothing.
+/// The text before a token that is to be chosen, where [`Sampling::looks_back`] or a [`Grammar`] needs it; else nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Written {
     /// Prompt and generated tokens.

@@ -3,6 +3,7 @@
 mod base64;
 mod byte_pairs;
 mod chat;
+mod grammar;
 mod make;
 pub(crate) mod pieces;
 mod sentencepiece;
@@ -10,8 +11,10 @@ mod stream;
 mod tekken;
 mod template_methods;
 mod tokenizer;
+mod vocabulary;
 
 pub use chat::{ChatTemplate, Message};
+pub use grammar::{GrammarState, GrammarTokens, TokenSet};
 pub use make::{BEGIN_TEXT, END_TEXT, byte_level_bpe, bytes};
 pub use sentencepiece::from_sentencepiece;
 pub use stream::StreamDecoder;
@@ -36,6 +39,8 @@ pub enum TextError {
     Template { reason: String },
     #[error("the model's chat template refuses this conversation: {reason}")]
     Render { reason: String },
+    #[error("the answer cannot keep to this JSON schema: {reason}")]
+    Grammar { reason: String },
     #[error("the prompt is {found} bytes long, over the limit of {limit}")]
     PromptTooLong { found: usize, limit: usize },
 }

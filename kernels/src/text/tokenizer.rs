@@ -100,6 +100,25 @@ impl Tokenizer {
         self.inner.id_to_token(id)
     }
 
+    /// Whether a token is special: a mark in the text and no part of it.
+    pub(super) fn is_special(&self, id: u32) -> bool {
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+        added.get(&id).is_some_and(|token| token.special)
+    }
+
+    /// Whether a token was added to those of the model.
+    pub(super) fn is_added(&self, id: u32) -> bool {
+        self.inner
+            .get_added_vocabulary()
+            .get_added_tokens_decoder()
+            .contains_key(&id)
+    }
+
+    /// The decoder as `tokenizer.json` has it.
+    pub(super) fn decoder_json(&self) -> serde_json::Value {
+        serde_json::to_value(self.inner.get_decoder()).unwrap_or_default()
+    }
+
     fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TextError> {
         let encoding = self.inner.encode_fast(text, add_special_tokens);
         let encoding = encoding.map_err(|error| TextError::Encode {

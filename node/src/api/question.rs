@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 
 use polder_protocol::hash::{InstitutionId, NodeId};
 use polder_protocol::route::{RoutePolicy, Who};
-use polder_protocol::work::{ALTERNATIVES_MAX, Message, Prompt, Sampling};
+use polder_protocol::work::{ALTERNATIVES_MAX, GRAMMAR_BYTES_MAX, Grammar, Message, Prompt, Sampling};
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::failure::Failure;
 use crate::serve::{GenerateRequest, ServeHandle};
@@ -55,12 +56,27 @@ struct Common {
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
     n: Option<u32>,
+    response_format: Option<ResponseFormat>,
     route: Option<Route>,
 }
 
 #[derive(Debug, Deserialize)]
 struct StreamOptions {
     include_usage: Option<bool>,
+}
+
+/// What the answer keeps to, in OpenAI's words.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum ResponseFormat {
+    Text,
+    JsonObject,
+    JsonSchema { json_schema: NamedSchema },
+}
+
+#[derive(Debug, Deserialize)]
+struct NamedSchema {
+    schema: Value,
 }
 
 /// Whom to trust with the question; ours, not OpenAI's.
@@ -226,6 +242,7 @@ impl Common {
                 seed,
                 alternatives: alternatives.unwrap_or(0),
             },
+            grammar: self.response_format.map(ResponseFormat::read).transpose()?.flatten(),
             names: alternatives.is_some(),
             stop,
             policy: self.route.map(Route::read).transpose()?.unwrap_or_default(),
@@ -241,6 +258,25 @@ impl Common {
             model: model.map(|(_, epoch, _)| epoch.name.clone()).unwrap_or_default(),
         };
         Ok((request, shape))
+    }
+}
+
+impl ResponseFormat {
+    fn read(self) -> Result<Option<Grammar>, Failure> {
+        match self {
+            Self::Text => Ok(None),
+            Self::JsonObject => Ok(Some(Grammar::JsonObject)),
+            Self::JsonSchema { json_schema } => {
+                let schema = json_schema.schema.to_string();
+                if schema.len() > GRAMMAR_BYTES_MAX {
+                    let bytes = schema.len();
+                    return Err(Failure::request(format!(
+                        "`json_schema` has {bytes} bytes, at most {GRAMMAR_BYTES_MAX} are allowed"
+                    )));
+                }
+                Ok(Some(Grammar::JsonSchema(schema)))
+            }
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use polder_protocol::session::{
     Effect, FromSeat, Generation, Input, Opening, Request, SeatId, SeatRequest, SessionId, ToSeat, Why, decode, encode,
 };
 use polder_protocol::time;
-use polder_protocol::work::{Likely, Prompt, Sampling};
+use polder_protocol::work::{Grammar, Likely, Prompt, Sampling};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
@@ -38,6 +38,8 @@ pub struct GenerateRequest {
     pub tokens_max: Option<u32>,
     /// How tokens are chosen.
     pub sampling: Sampling,
+    /// What the answer keeps to.
+    pub grammar: Option<Grammar>,
     /// Whether each token is to be told with its own text, and its alternatives.
     pub names: bool,
     /// The text ends before the first of these.
@@ -132,6 +134,9 @@ async fn answer(inner: &Arc<Inner>, request: GenerateRequest, events: &Events) -
     let epoch = inner.epoch(request.epoch)?;
     let text = Text::of(inner, request.epoch).await?;
     let prompt = text.encode(request.prompt.clone()).await?;
+    if let Some(grammar) = &request.grammar {
+        text.check(grammar).await?;
+    }
     let asking = Asking::new(inner, &epoch, &request, prompt.len())?;
     let mut effects = Vec::new();
     let machine = Generation::begin(
@@ -141,7 +146,7 @@ async fn answer(inner: &Arc<Inner>, request: GenerateRequest, events: &Events) -
             context_tokens_max: asking.context_tokens_max,
             end_tokens: epoch.end_tokens.clone(),
             blocks: epoch.blocks(),
-            looks_back: request.sampling.looks_back(),
+            looks_back: request.sampling.looks_back() || request.grammar.is_some(),
             prompt,
         },
         inner.config.limits,
@@ -357,6 +362,7 @@ impl<'a> Asking<'a> {
             range: hop.range,
             context_tokens_max: self.context_tokens_max,
             sampling: self.request.sampling.clone(),
+            grammar: self.request.grammar.clone(),
             prompt_tokens: self.prompt_tokens,
             end_tokens: self.epoch.end_tokens.clone(),
         });

@@ -57,6 +57,23 @@ pub(super) async fn sit(
         .order(open, Bytes::new())
         .await
         .map_err(|error| error.to_string())?;
+    if let Some(grammar) = request
+        .grammar
+        .clone()
+        .filter(|_| request.range.has_head(loaded.blocks))
+    {
+        let epoch = inner.epoch(request.epoch).map_err(|error| error.to_string())?;
+        let file = inner.blob_file(request.epoch, epoch.tokenizer, "the tokenizer").await;
+        let constrain = Task::Constrain {
+            stage: loaded.stage,
+            session,
+            tokenizer_file: file.map_err(|error| error.to_string())?,
+            end_tokens: epoch.end_tokens.clone(),
+            grammar,
+        };
+        let bound = inner.device.order(constrain, Bytes::new()).await;
+        bound.map_err(|error| error.to_string())?;
+    }
     sender.send(encode(&FromSeat::Opened), Bytes::new()).await?;
     let seated = Seated {
         inner: Arc::clone(inner),

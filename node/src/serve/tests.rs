@@ -201,6 +201,7 @@ fn request(node: &Node, prompt: &str, tokens_max: u32) -> GenerateRequest {
         prompt: Prompt::Plain(prompt.to_owned()),
         tokens_max: Some(tokens_max),
         sampling: Sampling::GREEDY,
+        grammar: None,
         names: false,
         stop: Vec::new(),
         policy: RoutePolicy::default(),

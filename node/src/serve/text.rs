@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use polder_protocol::hash::EpochId;
-use polder_protocol::work::{Answer, Prompt, Task, TextId};
+use polder_protocol::work::{Answer, Grammar, Prompt, Task, TextId};
 
 use super::{Inner, ServeError};
 use crate::device::{DeviceError, Life};
@@ -69,6 +69,20 @@ impl Text {
                 what,
                 source: DeviceError::unexpected(&answer),
             }),
+            Err(DeviceError::Failed { reason }) => Err(ServeError::Request { reason }),
+            Err(source) => Err(ServeError::Device { what, source }),
+        }
+    }
+
+    /// Whether answers can keep to `grammar`.
+    pub(super) async fn check(&self, grammar: &Grammar) -> Result<(), ServeError> {
+        let task = Task::CheckGrammar {
+            text: self.id,
+            grammar: grammar.clone(),
+        };
+        let what = "read the JSON schema";
+        match self.inner.device.order(task, Bytes::new()).await {
+            Ok(_) => Ok(()),
             Err(DeviceError::Failed { reason }) => Err(ServeError::Request { reason }),
             Err(source) => Err(ServeError::Device { what, source }),
         }

@@ -13,6 +13,7 @@ use polder_protocol::work::{Answer, Sampling, StageId, Task, Written};
 use tracing::{error, info, warn};
 
 use crate::boundary;
+use crate::grammars::Grammars;
 use crate::host::Engine;
 
 /// Computes. Its stages are forgotten with it.
@@ -23,6 +24,7 @@ pub(crate) struct Compute {
     /// Why the device cannot go on. A driver that failed once has lost what was loaded, or answers anything.
     broken: Option<String>,
     serving: BTreeMap<StageId, ServeStage>,
+    grammars: Grammars,
     training: BTreeMap<StageId, TrainStage>,
     data: TrainData,
     tokenizer: Option<Tokenizer>,
@@ -47,6 +49,7 @@ impl Compute {
             fell_back,
             broken: None,
             serving: BTreeMap::new(),
+            grammars: Grammars::default(),
             training: BTreeMap::new(),
             data: TrainData::new(),
             tokenizer: None,
@@ -143,6 +146,7 @@ impl Compute {
             } => {
                 // The old one goes first: both may not fit.
                 self.serving.remove(&stage);
+                self.grammars.forget_stage(stage);
                 let loaded = ServeStage::load(&config_json, range, &part_files, weights, &self.device)?;
                 let answer = Answer::Loaded {
                     bytes: loaded.weight_bytes(),
@@ -152,6 +156,7 @@ impl Compute {
                 done(answer)
             }
             Task::Unload { stage } => {
+                self.grammars.forget_stage(stage);
                 self.serving.remove(&stage);
                 self.training.remove(&stage);
                 done(Answer::Done)
@@ -161,10 +166,24 @@ impl Compute {
                 session,
                 context_tokens_max,
             } => {
+                self.grammars.forget((stage, session));
                 self.serving(stage)?.open_session(session, context_tokens_max)?;
                 done(Answer::Done)
             }
+            Task::Constrain {
+                stage,
+                session,
+                tokenizer_file,
+                end_tokens,
+                grammar,
+            } => {
+                self.serving(stage)?;
+                self.grammars
+                    .bind((stage, session), tokenizer_file, end_tokens, &grammar)?;
+                done(Answer::Done)
+            }
             Task::CloseSession { stage, session } => {
+                self.grammars.forget((stage, session));
                 if let Some(stage) = self.serving.get_mut(&stage) {
                     stage.close_session(session);
                 }
@@ -206,6 +225,7 @@ impl Compute {
         choice: Option<&(Sampling, Written)>,
         payload: &[u8],
     ) -> Performed {
+        let id = stage;
         let stage = self.serving(stage)?;
         let hidden;
         let (input, rows) = if stage.has_embedding() {
@@ -225,7 +245,9 @@ impl Compute {
             (Output::Logits(logits), Some((sampling, written))) => {
                 // The token chosen stands behind the rows of this forward.
                 let place = position.saturating_add(u32::try_from(rows).unwrap_or(u32::MAX));
-                let choice = sample(&logits, sampling, written, place).ok_or("the stage gave no logits")?;
+                let allowed = self.grammars.allowed((id, session), written)?;
+                let choice = sample(&logits, sampling, written, place, allowed.as_ref());
+                let choice = choice.ok_or("no token can be chosen")?;
                 done(Answer::Sampled {
                     chosen: choice.chosen,
                     alternatives: choice.alternatives,

@@ -6,6 +6,7 @@
 pub mod bench;
 mod boundary;
 mod compute;
+mod grammars;
 mod host;
 pub mod models;
 mod options;

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use polder_kernels::text::{ChatTemplate, Message, Tokenizer};
-use polder_protocol::work::{Answer, Prompt, Task, TextId};
+use polder_kernels::text::{ChatTemplate, GrammarTokens, Message, Tokenizer};
+use polder_protocol::work::{Answer, Grammar, Prompt, Task, TextId};
 
 use crate::host::Engine;
 
@@ -21,6 +21,9 @@ struct Text {
     tokenizer: Tokenizer,
     template: ChatTemplate,
     begin_token: Option<u32>,
+    end_tokens: Vec<u32>,
+    /// Made for the first grammar.
+    grammar_tokens: Option<GrammarTokens>,
 }
 
 impl Engine for Words {
@@ -45,6 +48,8 @@ impl Engine for Words {
                         tokenizer,
                         template,
                         begin_token,
+                        end_tokens,
+                        grammar_tokens: None,
                     },
                 );
                 while self.texts.len() > TEXTS_MAX {
@@ -59,6 +64,10 @@ impl Engine for Words {
             Task::Encode { text, prompt } => Answer::Tokens {
                 tokens: self.text(text)?.encode(prompt)?,
             },
+            Task::CheckGrammar { text, grammar } => {
+                self.text_mut(text)?.check(&grammar)?;
+                Answer::Done
+            }
             Task::Decode { text, tokens } => Answer::Text {
                 text: self
                     .text(text)?
@@ -78,9 +87,26 @@ impl Words {
             .get(&id)
             .ok_or_else(|| format!("no tokenizer {id} is loaded"))
     }
+
+    fn text_mut(&mut self, id: TextId) -> Result<&mut Text, String> {
+        self.texts
+            .get_mut(&id)
+            .ok_or_else(|| format!("no tokenizer {id} is loaded"))
+    }
 }
 
 impl Text {
+    /// Whether an answer can keep to `grammar`.
+    fn check(&mut self, grammar: &Grammar) -> Result<(), String> {
+        let tokens = match self.grammar_tokens.take() {
+            Some(tokens) => tokens,
+            None => GrammarTokens::new(&self.tokenizer, &self.end_tokens).map_err(|error| error.to_string())?,
+        };
+        let begun = tokens.begin(grammar).map(drop).map_err(|error| error.to_string());
+        self.grammar_tokens = Some(tokens);
+        begun
+    }
+
     fn encode(&self, prompt: Prompt) -> Result<Vec<u32>, String> {
         let tokens = match prompt {
             Prompt::Plain(text) => self.tokenizer.encode(&text).map_err(|error| error.to_string())?,

@@ -72,6 +72,7 @@ pub(crate) fn seat(bytes: &[u8]) {
             presence_penalty: 0.5,
             ..Sampling::GREEDY
         },
+        grammar: None,
         prompt_tokens: 3,
         end_tokens: vec![3],
     };

@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use crate::hash::{EpochId, NodeId};
 use crate::layout::BlockRange;
-use crate::work::{Likely, Sampling};
+use crate::work::{Grammar, Likely, Sampling};
 
 /// The longest message, which is also what the header of a data frame holds.
 pub const MESSAGE_BYTES_MAX: usize = 60_000;
@@ -57,6 +57,8 @@ pub struct SeatRequest {
     pub context_tokens_max: u32,
     /// How the last stage chooses.
     pub sampling: Sampling,
+    /// What the answer keeps to, for the last stage.
+    pub grammar: Option<Grammar>,
     /// How many tokens of the text are the prompt.
     pub prompt_tokens: u32,
     /// After these the last stage sends no token to the first.

@@ -126,7 +126,7 @@ impl Seat {
             pieces: VecDeque::new(),
             computing: None,
             text: Vec::new(),
-            looks_back: request.range.has_head(blocks) && request.sampling.looks_back(),
+            looks_back: request.range.has_head(blocks) && (request.sampling.looks_back() || request.grammar.is_some()),
         }
     }
 

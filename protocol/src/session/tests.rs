@@ -216,6 +216,7 @@ impl World {
                             presence_penalty: 0.5,
                             ..Sampling::GREEDY
                         },
+                        grammar: None,
                         prompt_tokens: 0,
                         end_tokens: Vec::new(),
                     };
