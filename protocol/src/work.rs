@@ -20,8 +20,9 @@ pub type StageId = u32;
 /// A loaded tokenizer with its chat template, chosen by the daemon.
 pub type TextId = u32;
 
-/// One order. Answers carry the same `id`. Orders for the device are answered in the order in which they came, and so
-/// are orders about text ([`Task::is_text`]), but neither waits for the other: words go out while a stage computes.
+/// One order. Answers carry the same `id`. Orders about text ([`Task::is_text`]) are carried out one after another, and
+/// so are orders for the device, except that forwards of several sessions that wait may be computed as one batch, where
+/// a short one overtakes a long one. Text and device do not wait for each other: words go out while a stage computes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Order {
     /// Chosen by the daemon.

@@ -97,6 +97,9 @@ pub struct Step<'a> {
     pub input: Input<'a>,
 }
 
+/// Rows of one batch: a piece of a prompt (256) and 64 sessions that decode. More gain nothing and outgrow the caches.
+pub const BATCH_ROWS_MAX: usize = 320;
+
 /// What is wanted of a stage with the head. Any other stage gives [`Output::Hidden`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Want {
@@ -326,8 +329,6 @@ impl ServeStage {
     /// As [`ServeStage::forward`], for whichever step is at fault, and [`StageError::Twice`]; no session has changed then,
     /// or all end at their step's position where the device failed.
     pub fn forward_together(&mut self, steps: &[Step<'_>], want: Want) -> Result<Vec<Output>, StageError> {
-        /// Rows of one batch: more gain nothing and outgrow the caches.
-        const ROWS_MAX: usize = 256;
         let mut ends = BTreeMap::new();
         let mut rows = 0;
         for step in steps {
@@ -337,7 +338,7 @@ impl ServeStage {
                 return Err(StageError::Twice { session: step.session });
             }
         }
-        if rows > ROWS_MAX || steps.len() < 2 {
+        if rows > BATCH_ROWS_MAX || steps.len() < 2 {
             let each = |step: &Step<'_>| self.forward(step.session, step.position, step.input, want);
             return steps.iter().map(each).collect();
         }

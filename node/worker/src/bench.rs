@@ -1,5 +1,7 @@
 //! How fast this machine serves a model: the numbers of `polder bench engine`.
 
+mod served;
+
 use std::path::Path;
 use std::time::Instant;
 
@@ -38,6 +40,8 @@ pub struct Speeds {
     pub prefill: f64,
     /// Of all sessions together.
     pub together: f64,
+    /// Of all sessions, each asking for itself through a worker's pipes.
+    pub served: f64,
     /// Seconds from a model on disk to one that is ready.
     pub load_seconds: f64,
 }
@@ -60,6 +64,15 @@ pub enum BenchError {
     /// The stage gave no logits.
     #[error("the model gives no logits")]
     NoLogits,
+    /// The worker's pipes broke.
+    #[error("the worker's pipe broke")]
+    Pipe(#[from] std::io::Error),
+    /// The worker did not do what was asked.
+    #[error("the worker failed: {reason}")]
+    Worker {
+        /// What it said.
+        reason: String,
+    },
     /// A figure of nothing.
     #[error("decode, prefill, sessions and repeats must be at least 1")]
     Nothing,
@@ -96,6 +109,7 @@ pub fn engine(source: &Path, plan: Plan) -> Result<Speeds, BenchError> {
         decode: median(decode),
         prefill: median(prefill),
         together: median(together),
+        served: served::served(stage, plan)?,
         load_seconds,
     })
 }

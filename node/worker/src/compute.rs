@@ -1,17 +1,18 @@
 //! Stages for serving and for training, on one device.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs;
 
 use polder_kernels::device::{Choice, Device};
 use polder_kernels::sample::sample;
-use polder_kernels::stage::{Input, Output, ServeStage, StageError, Want};
+use polder_kernels::stage::{Input, Output, ServeStage, StageError, Step, Want};
 use polder_kernels::text::Tokenizer;
 use polder_kernels::train::{TrainData, TrainError, TrainInput, TrainOutput, TrainStage};
 use polder_protocol::run::Boundary;
-use polder_protocol::work::{Answer, Sampling, StageId, Task, Written};
+use polder_protocol::work::{Answer, Order, Sampling, StageId, Task, Written};
 use tracing::{error, info, warn};
 
+use crate::batch::together;
 use crate::boundary;
 use crate::grammars::Grammars;
 use crate::host::Engine;
@@ -43,6 +44,16 @@ impl Compute {
         Self::new(device, fell_back)
     }
 
+    /// The stage of [`Compute::holding`].
+    pub(crate) const HELD: StageId = 1;
+
+    /// Holds a stage that was loaded elsewhere, on the CPU.
+    pub(crate) fn holding(stage: ServeStage) -> Self {
+        let mut compute = Self::new(Device::cpu(), None);
+        compute.serving.insert(Self::HELD, stage);
+        compute
+    }
+
     fn new(device: Device, fell_back: Option<String>) -> Self {
         Self {
             device,
@@ -72,6 +83,20 @@ impl Engine for Compute {
             }
             failure.reason
         })
+    }
+
+    fn next(&self, waiting: &VecDeque<(Order, Vec<u8>)>) -> Vec<usize> {
+        together(waiting, |stage| self.serving.get(&stage).map(ServeStage::hidden))
+    }
+
+    fn perform_together(&mut self, orders: Vec<(Task, Vec<u8>)>) -> Vec<Result<(Answer, Vec<u8>), String>> {
+        if let Some(outputs) = self.step(&orders) {
+            let choices = orders.iter().zip(outputs);
+            return choices.map(|((task, _), output)| self.choose(task, output)).collect();
+        }
+        // One of them is at fault, and the others are not to suffer.
+        let each = |(task, payload)| self.perform(task, payload);
+        orders.into_iter().map(each).collect()
     }
 
     fn panicked(&mut self, message: &str) {
@@ -216,6 +241,83 @@ impl Compute {
             .ok_or_else(|| format!("no stage {stage} is loaded for training"))
     }
 
+    /// Carries out forwards of one stage as one batch; `None` where that cannot be, and nothing has changed.
+    fn step(&mut self, orders: &[(Task, Vec<u8>)]) -> Option<Vec<(Output, u32)>> {
+        let stage = match orders.first()? {
+            (Task::Forward { stage, .. }, _) => self.serving.get_mut(stage)?,
+            _ => return None,
+        };
+        let hidden = orders.iter().map(|(_, payload)| match stage.has_embedding() {
+            true => Some(Vec::new()),
+            false => boundary::read(payload, Boundary::F32),
+        });
+        let hidden = hidden.collect::<Option<Vec<_>>>()?;
+        let steps = orders.iter().zip(&hidden).map(|((task, _), hidden)| match task {
+            Task::Forward {
+                session,
+                position,
+                tokens,
+                ..
+            } => Some(Step {
+                session: *session,
+                position: *position,
+                input: match stage.has_embedding() {
+                    true => Input::Tokens(tokens),
+                    false => Input::Hidden(hidden),
+                },
+            }),
+            _ => None,
+        });
+        let steps = steps.collect::<Option<Vec<Step<'_>>>>()?;
+        let width = stage.hidden().max(1);
+        let ends = steps.iter().map(|step| match step.input {
+            Input::Tokens(tokens) => place_after(step.position, tokens.len()),
+            Input::Hidden(hidden) => place_after(step.position, hidden.len() / width),
+        });
+        let ends: Vec<u32> = ends.collect();
+        let outputs = stage.forward_together(&steps, Want::LastLogits).ok()?;
+        Some(outputs.into_iter().zip(ends).collect())
+    }
+
+    /// What a forward of a batch is answered with.
+    fn choose(&mut self, task: &Task, (output, place): (Output, u32)) -> Result<(Answer, Vec<u8>), String> {
+        match (output, task) {
+            (Output::Hidden(rows), _) => Ok((Answer::Hidden, boundary::write(&rows, Boundary::F32))),
+            (
+                Output::Logits(logits),
+                Task::Forward {
+                    stage,
+                    session,
+                    sample: Some(sampling),
+                    written,
+                    ..
+                },
+            ) => {
+                let answer = self.chosen((*stage, *session), &logits, sampling, written, place)?;
+                Ok((answer, Vec::new()))
+            }
+            (Output::Logits(_), task) => Err(format!("{task:?} asks for no token")),
+        }
+    }
+
+    /// The token that stands at `place`.
+    fn chosen(
+        &mut self,
+        session: (StageId, u64),
+        logits: &[f32],
+        sampling: &Sampling,
+        written: &Written,
+        place: u32,
+    ) -> Result<Answer, String> {
+        let allowed = self.grammars.allowed(session, written)?;
+        let choice = sample(logits, sampling, written, place, allowed.as_ref());
+        let choice = choice.ok_or("no token can be chosen")?;
+        Ok(Answer::Sampled {
+            chosen: choice.chosen,
+            alternatives: choice.alternatives,
+        })
+    }
+
     fn forward(
         &mut self,
         stage: StageId,
@@ -244,14 +346,8 @@ impl Compute {
             (Output::Logits(logits), None) => Ok((Answer::Logits, boundary::write(&logits, Boundary::F32))),
             (Output::Logits(logits), Some((sampling, written))) => {
                 // The token chosen stands behind the rows of this forward.
-                let place = position.saturating_add(u32::try_from(rows).unwrap_or(u32::MAX));
-                let allowed = self.grammars.allowed((id, session), written)?;
-                let choice = sample(&logits, sampling, written, place, allowed.as_ref());
-                let choice = choice.ok_or("no token can be chosen")?;
-                done(Answer::Sampled {
-                    chosen: choice.chosen,
-                    alternatives: choice.alternatives,
-                })
+                let place = place_after(position, rows);
+                done(self.chosen((id, session), &logits, sampling, written, place)?)
             }
         }
     }
@@ -401,6 +497,11 @@ fn end(tokenizer: &Tokenizer) -> Option<u32> {
     KNOWN.iter().find_map(|name| tokenizer.token_id(name))
 }
 
+/// The place behind `rows` positions from `position` on.
+fn place_after(position: u32, rows: usize) -> u32 {
+    position.saturating_add(u32::try_from(rows).unwrap_or(u32::MAX))
+}
+
 fn done(answer: Answer) -> Performed {
     Ok((answer, Vec::new()))
 }
@@ -410,34 +511,4 @@ fn width(hidden: usize) -> u32 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_device_that_failed_cannot_go_on_and_the_cpu_can() {
-        for (device, breaks) in [(Device::cpu_in_tensors(), true), (Device::cpu(), false)] {
-            let mut compute = Compute::new(device, None);
-            // What was asked for was wrong; the device is not.
-            assert!(compute.perform(Task::Unload { stage: 1 }, Vec::new()).is_ok());
-            let order = Task::CloseSession { stage: 1, session: 1 };
-            assert!(compute.perform(order, Vec::new()).is_ok());
-            let order = Task::TrainSquareSum {
-                stage: 1,
-                micro_batches: 1,
-            };
-            assert!(compute.perform(order, Vec::new()).is_err());
-            assert_eq!(compute.broken, None);
-            compute.panicked("the driver is gone");
-            assert_eq!(compute.broken.is_some(), breaks);
-        }
-    }
-
-    #[test]
-    fn failures_of_the_device_are_told_from_those_of_the_order() {
-        let reason = || "lost".to_owned();
-        assert!(Failure::from(StageError::Device { reason: reason() }).of_device);
-        assert!(Failure::from(TrainError::Device { reason: reason() }).of_device);
-        assert!(!Failure::from(StageError::Full).of_device);
-        assert!(!Failure::from(TrainError::NoGradients).of_device);
-    }
-}
+mod tests;

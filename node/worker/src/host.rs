@@ -1,9 +1,10 @@
 //! Takes orders from a pipe, hands them to engines, and writes what comes of them.
 
 use std::any::Any;
+use std::collections::VecDeque;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
@@ -14,7 +15,13 @@ use thiserror::Error;
 /// Orders that wait for an engine. The pipe holds back the rest.
 const WAITING_ORDERS_MAX: usize = 64;
 
-/// Carries out orders, one after another.
+/// An answer and its payload, or a sentence that says what happened, to what.
+pub(crate) type Performed = Result<(Answer, Vec<u8>), String>;
+
+/// An order that came, with its payload.
+pub(crate) type Waiting = (Order, Vec<u8>);
+
+/// Carries out orders, one after another or several at once.
 pub trait Engine {
     /// Carries out one order with its payload; answers with an answer and its payload.
     ///
@@ -22,6 +29,17 @@ pub trait Engine {
     ///
     /// A sentence that says what happened, to what; it becomes [`Answer::Failed`], and nothing has changed.
     fn perform(&mut self, task: Task, payload: Vec<u8>) -> Result<(Answer, Vec<u8>), String>;
+
+    /// Which of the orders that wait, oldest first, are carried out next, in one go: indices, ascending, at least one.
+    fn next(&self, _waiting: &VecDeque<(Order, Vec<u8>)>) -> Vec<usize> {
+        vec![0]
+    }
+
+    /// Carries out what [`Engine::next`] chose, where it is more than one. One answer for each, in order.
+    fn perform_together(&mut self, orders: Vec<(Task, Vec<u8>)>) -> Vec<Result<(Answer, Vec<u8>), String>> {
+        let each = |(task, payload)| self.perform(task, payload);
+        orders.into_iter().map(each).collect()
+    }
 
     /// Hears that [`Engine::perform`] panicked.
     fn panicked(&mut self, _message: &str) {}
@@ -75,7 +93,7 @@ pub fn host<C: Engine, T: Engine>(
     Ok(())
 }
 
-type Orders = SyncSender<(Order, Vec<u8>)>;
+type Orders = SyncSender<Waiting>;
 
 fn engine_thread<E: Engine>(
     name: &'static str,
@@ -92,27 +110,65 @@ fn engine_thread<E: Engine>(
     Ok(send)
 }
 
-fn serve(engine: &mut impl Engine, orders: &Receiver<(Order, Vec<u8>)>, output: &Mutex<impl Write>) {
-    while let Ok((Order { id, task }, payload)) = orders.recv() {
-        // An engine that panicked may hold half a result, but whoever asked learns of it and starts that stage anew. One
-        // whose device cannot go on ends the process once it has answered.
-        let performed = catch_unwind(AssertUnwindSafe(|| engine.perform(task, payload)));
-        let (answer, payload) = match performed {
-            Ok(Ok(done)) => done,
-            Ok(Err(reason)) => (Answer::Failed { reason }, Vec::new()),
-            Err(panic) => {
-                let message = message(&*panic);
-                engine.panicked(message);
-                let reason = format!("the worker panicked: {message}");
-                (Answer::Failed { reason }, Vec::new())
+fn serve(engine: &mut impl Engine, orders: &Receiver<Waiting>, output: &Mutex<impl Write>) {
+    let mut waiting = VecDeque::new();
+    while take_in(orders, &mut waiting) {
+        let places = engine.next(&waiting);
+        let (ids, chosen) = take_out(&mut waiting, &places);
+        for (id, performed) in ids.iter().zip(carry_out(engine, chosen)) {
+            let (answer, payload) = performed.unwrap_or_else(|reason| (Answer::Failed { reason }, Vec::new()));
+            if let Err(error) = write_reply(output, *id, answer, &payload) {
+                tracing::error!(%error, "cannot answer");
+                return;
             }
-        };
-        if let Err(error) = write_reply(output, id, answer, &payload) {
-            tracing::error!(%error, "cannot answer");
-            return;
         }
         engine.answered();
     }
+}
+
+/// Waits for an order where none is there, and takes those that have come meanwhile. False where no more will.
+fn take_in(orders: &Receiver<Waiting>, waiting: &mut VecDeque<Waiting>) -> bool {
+    if waiting.is_empty() {
+        match orders.recv() {
+            Ok(order) => waiting.push_back(order),
+            Err(_) => return false,
+        }
+    }
+    while waiting.len() < WAITING_ORDERS_MAX {
+        match orders.try_recv() {
+            Ok(order) => waiting.push_back(order),
+            // What came before the end is still carried out.
+            Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
+        }
+    }
+    true
+}
+
+/// The orders at some places, or the oldest where there are none.
+fn take_out(waiting: &mut VecDeque<Waiting>, places: &[usize]) -> (Vec<u64>, Vec<(Task, Vec<u8>)>) {
+    let places = if places.is_empty() { &[0] } else { places };
+    let mut chosen: Vec<Waiting> = places.iter().rev().filter_map(|place| waiting.remove(*place)).collect();
+    chosen.reverse();
+    let orders = chosen.into_iter();
+    orders.map(|(order, payload)| (order.id, (order.task, payload))).unzip()
+}
+
+fn carry_out(engine: &mut impl Engine, mut orders: Vec<(Task, Vec<u8>)>) -> Vec<Performed> {
+    let count = orders.len();
+    // An engine that panicked may hold half a result, but whoever asked learns of it and starts that stage anew. One
+    // whose device cannot go on ends the process once it has answered.
+    let performed = catch_unwind(AssertUnwindSafe(|| match (orders.pop(), orders.is_empty()) {
+        (Some((task, payload)), true) => vec![engine.perform(task, payload)],
+        (last, _) => {
+            orders.extend(last);
+            engine.perform_together(orders)
+        }
+    }));
+    performed.unwrap_or_else(|panic| {
+        let message = message(&*panic);
+        engine.panicked(message);
+        vec![Err(format!("the worker panicked: {message}")); count]
+    })
 }
 
 fn message(panic: &(dyn Any + Send)) -> &str {

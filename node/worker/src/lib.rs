@@ -3,6 +3,7 @@
 //! One thread reads, one computes, one turns tokens into words and back. The process ends when its input does, so it
 //! never outlives the daemon that started it.
 
+mod batch;
 pub mod bench;
 mod boundary;
 mod compute;

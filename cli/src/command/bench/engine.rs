@@ -67,6 +67,7 @@ pub(super) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
         decode_tokens_per_second: speeds.decode,
         prefill_tokens_per_second: speeds.prefill,
         together_tokens_per_second: speeds.together,
+        served_tokens_per_second: speeds.served,
         load_seconds: speeds.load_seconds,
         first_token_seconds: first_token_seconds(&model, threads, repeats).with_context(failed)?,
     })
@@ -113,6 +114,7 @@ struct Answer {
     decode_tokens_per_second: f64,
     prefill_tokens_per_second: f64,
     together_tokens_per_second: f64,
+    served_tokens_per_second: f64,
     load_seconds: f64,
     first_token_seconds: f64,
 }
@@ -130,6 +132,11 @@ impl fmt::Display for Answer {
             f,
             "together     {:.1} tokens/s, {} sessions",
             self.together_tokens_per_second, self.sessions
+        )?;
+        writeln!(
+            f,
+            "served       {:.1} tokens/s, the same, each through the worker's pipes",
+            self.served_tokens_per_second
         )?;
         writeln!(f, "loading      {:.0} ms", self.load_seconds * 1e3)?;
         write!(
