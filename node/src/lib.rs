@@ -11,6 +11,7 @@ pub mod data;
 pub mod enrol;
 pub mod gate;
 pub mod members;
+mod neighbourhood;
 pub mod punch;
 
 // Who serves what.

@@ -10,14 +10,17 @@ use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol, Swarm, SwarmBuilder, Transport, autonat, connection_limits, dcutr, dns,
-    gossipsub, identify, kad, mdns, memory_connection_limits, noise, ping, relay, request_response, tcp, upnp,
+    gossipsub, identify, kad, mdns, memory_connection_limits, noise, ping, quic, relay, request_response, tcp, upnp,
     websocket, yamux,
 };
 use polder_protocol::wire::GOSSIP_BYTES_MAX;
 
 use super::address::node_of;
 use super::codec::{Codec, PROTOCOL};
+use super::crowd::Crowd;
+use super::door::Door;
 use super::shared::Shared;
+use super::turnstile::Turnstile;
 use super::ways::Ways;
 use super::{ControlConfig, ControlError};
 
@@ -32,6 +35,17 @@ const IDLE: Duration = Duration::from_secs(24 * 3600);
 
 /// The share of the machine's memory above which no further connection is made.
 const MEMORY_SHARE_MAX: f64 = 0.9;
+
+/// Streams that a peer may have open on one connection: 32 requests, as many of the routing table, tunnels, gossip.
+const STREAMS_MAX: usize = 128;
+
+/// Streams of a peer that have not said yet what they are for. On TCP each may hold 256 KiB until then.
+const NEGOTIATING_MAX: usize = 32;
+
+/// What a QUIC connection may hold that nobody has read: a tunnel of 400 Mbit/s at 80 ms, and room for the rest.
+const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+/// See [`STREAM_WINDOW_BYTES`].
+const CONNECTION_WINDOW_BYTES: u32 = 6 << 20;
 
 /// Bytes that one relayed connection may carry. The default of 128 KiB would end the transfer of a single part.
 const CIRCUIT_BYTES_MAX: u64 = 4 << 30;
@@ -50,20 +64,21 @@ const CIRCUITS_PER_PEER_MAX: usize = 16;
 /// All protocols of the control plane.
 #[derive(NetworkBehaviour)]
 pub(super) struct Behaviour {
+    pub(super) crowd: Crowd,
     pub(super) limits: connection_limits::Behaviour,
     pub(super) memory: memory_connection_limits::Behaviour,
     pub(super) identify: identify::Behaviour,
     pub(super) ping: ping::Behaviour,
     pub(super) requests: request_response::Behaviour<Codec>,
-    pub(super) gossip: gossipsub::Behaviour,
-    pub(super) kad: kad::Behaviour<kad::store::MemoryStore>,
+    pub(super) gossip: Door<gossipsub::Behaviour>,
+    pub(super) kad: Door<kad::Behaviour<kad::store::MemoryStore>>,
     pub(super) mdns: Toggle<mdns::tokio::Behaviour>,
     pub(super) upnp: Toggle<upnp::tokio::Behaviour>,
     pub(super) relay_client: relay::client::Behaviour,
     pub(super) relay_server: Toggle<relay::Behaviour>,
     pub(super) dcutr: dcutr::Behaviour,
     pub(super) reachable: autonat::v2::client::Behaviour,
-    pub(super) prober: autonat::v2::server::Behaviour,
+    pub(super) prober: Door<autonat::v2::server::Behaviour>,
     pub(super) streams: libp2p_stream::Behaviour,
 }
 
@@ -78,12 +93,12 @@ pub(super) fn build(
     };
     let builder = SwarmBuilder::with_existing_identity(keypair)
         .with_tokio()
-        .with_quic()
+        .with_quic_config(quic_limits)
         .with_other_transport(|key| {
             let plain = Ways::new(config.proxy.clone())
                 .upgrade(Version::V1Lazy)
                 .authenticate(noise::Config::new(key)?)
-                .multiplex(yamux::Config::default());
+                .multiplex(multiplexer());
             Ok::<_, Box<dyn std::error::Error + Send + Sync>>(plain)
         })
         .map_err(|error| transport(&error))?
@@ -92,7 +107,7 @@ pub(super) fn build(
             let websocket = websocket::Config::new(Ways::new(config.proxy.clone()))
                 .upgrade(Version::V1Lazy)
                 .authenticate(security)
-                .multiplex(yamux::Config::default());
+                .multiplex(multiplexer());
             Ok::<_, Box<dyn std::error::Error + Send + Sync>>(websocket)
         })
         .map_err(|error| transport(&error))?;
@@ -101,11 +116,15 @@ pub(super) fn build(
     macro_rules! finish {
         ($builder:expr) => {
             $builder
-                .with_relay_client(noise::Config::new, yamux::Config::default)
+                .with_relay_client(noise::Config::new, multiplexer)
                 .map_err(|error| transport(&error))?
                 .with_behaviour(|key, relay_client| behaviour(key, relay_client, config, shared))
                 .map_err(|error| transport(&error))?
-                .with_swarm_config(|swarm| swarm.with_idle_connection_timeout(IDLE))
+                .with_swarm_config(|swarm| {
+                    swarm
+                        .with_idle_connection_timeout(IDLE)
+                        .with_max_negotiating_inbound_streams(NEGOTIATING_MAX)
+                })
                 .build()
         };
     }
@@ -115,6 +134,21 @@ pub(super) fn build(
     } else {
         finish!(builder.with_dns_config(dns::ResolverConfig::default(), dns::ResolverOpts::default()))
     })
+}
+
+/// Streams over TCP: as few as one connection needs, since each may hold a window of bytes that nobody has read.
+fn multiplexer() -> yamux::Config {
+    let mut config = yamux::Config::default();
+    config.set_max_num_streams(STREAMS_MAX);
+    config
+}
+
+/// Streams over QUIC, under the same limits.
+fn quic_limits(mut config: quic::Config) -> quic::Config {
+    config.max_concurrent_stream_limit = u32::try_from(STREAMS_MAX).unwrap_or(u32::MAX);
+    config.max_stream_data = STREAM_WINDOW_BYTES;
+    config.max_connection_data = CONNECTION_WINDOW_BYTES;
+    config
 }
 
 fn behaviour(
@@ -139,6 +173,7 @@ fn behaviour(
         false => None,
     };
     Ok(Behaviour {
+        crowd: Crowd(Turnstile::new((most / 8) as usize)),
         limits: connection_limits::Behaviour::new(limits),
         memory: memory_connection_limits::Behaviour::with_max_percentage(MEMORY_SHARE_MAX),
         identify: identify::Behaviour::new(
@@ -150,15 +185,15 @@ fn behaviour(
             [(PROTOCOL, request_response::ProtocolSupport::Full)],
             requests,
         ),
-        gossip: gossip(key)?,
-        kad: kademlia(peer, config),
+        gossip: Door::before(gossip(key)?),
+        kad: Door::before(kademlia(peer, config)),
         mdns: mdns.into(),
         upnp: config.upnp.then(upnp::tokio::Behaviour::default).into(),
         relay_client,
         relay_server: config.relay_server.then(|| relay_server(peer, shared)).into(),
         dcutr: dcutr::Behaviour::new(peer),
         reachable: autonat::v2::client::Behaviour::default(),
-        prober: autonat::v2::server::Behaviour::default(),
+        prober: Door::before(autonat::v2::server::Behaviour::default()),
         streams: libp2p_stream::Behaviour::new(),
     })
 }

@@ -7,6 +7,8 @@
 mod address;
 mod behaviour;
 mod codec;
+mod crowd;
+mod door;
 mod driver;
 mod gossip;
 mod handle;
@@ -14,6 +16,7 @@ mod meetings;
 mod shared;
 #[cfg(test)]
 mod tests;
+mod turnstile;
 mod ways;
 
 use std::net::SocketAddr;

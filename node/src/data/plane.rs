@@ -24,11 +24,12 @@ use super::links::{Link, Links, Road};
 use super::roads::{Roads, is_tunnel};
 use super::settings::{
     ADDRESS_STAGGER, ADDRESSES_MAX, Class, DataConfig, ECHO_BYTES_MAX, ECHOES_MAX, HANDSHAKES_MAX,
-    HANDSHAKES_UNPROVEN_MAX, INCOMING_MAX, RECHECK_EVERY, Service, welcome,
+    HANDSHAKES_SHARE_MAX, HANDSHAKES_UNPROVEN_MAX, INCOMING_MAX, RECHECK_EVERY, Service, welcome,
 };
 use super::tls::{self, Identity};
 use super::traffic::{Counter, PeerTraffic, Traffic};
 use crate::gate::{AddressBook, Admitted, Gate};
+use crate::neighbourhood::{Census, Neighbourhood};
 
 /// The name in the TLS handshake. Who answers is told by the key, so the name means nothing.
 const SERVER_NAME: &str = "polder";
@@ -75,6 +76,31 @@ pub struct IncomingStream {
     pub sender: FrameSender,
     /// From the peer.
     pub receiver: FrameReceiver,
+}
+
+/// A place among the handshakes of one neighbourhood, until it is dropped.
+struct Share {
+    census: Arc<Mutex<Census>>,
+    neighbourhood: Neighbourhood,
+}
+
+impl Share {
+    fn take(census: &Arc<Mutex<Census>>, from: SocketAddr) -> Option<Self> {
+        // A tunnel's address says nothing; members alone have tunnels.
+        let neighbourhood = Neighbourhood::of((!is_tunnel(from)).then(|| from.ip()));
+        let mut shares = census.lock().unwrap_or_else(PoisonError::into_inner);
+        let census = Arc::clone(census);
+        shares
+            .enter(neighbourhood, HANDSHAKES_SHARE_MAX)
+            .then_some(Self { census, neighbourhood })
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        let mut census = self.census.lock().unwrap_or_else(PoisonError::into_inner);
+        census.leave(self.neighbourhood);
+    }
 }
 
 /// One way to a peer.
@@ -509,6 +535,7 @@ impl DataPlane {
     /// Answers whoever comes.
     async fn answer(self) {
         let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+        let shares: Arc<Mutex<Census>> = Arc::default();
         while let Some(incoming) = self.inner.endpoint.accept().await {
             if self.inner.endpoint.open_connections() > self.inner.config.connections_max {
                 incoming.refuse();
@@ -524,14 +551,19 @@ impl DataPlane {
                 incoming.retry().ok();
                 continue;
             }
+            let from = incoming.remote_address();
+            let share = Share::take(&shares, from);
+            let Some(share) = share else {
+                incoming.refuse();
+                continue;
+            };
             self.spawn(move |plane| async move {
-                let from = incoming.remote_address();
                 match timeout(plane.inner.config.greeting_max, plane.answer_one(incoming)).await {
                     Ok(Ok(())) => {}
                     Ok(Err(error)) => tracing::info!(%from, %error, "connection refused"),
                     Err(_) => tracing::info!(%from, "no greeting in time"),
                 }
-                drop(permit);
+                drop((permit, share));
             });
         }
     }

@@ -110,6 +110,9 @@ pub(super) const CREDENTIALS_BYTES_MAX: u64 = polder_protocol::wire::CREDENTIALS
 /// Handshakes at once; more are refused.
 pub(super) const HANDSHAKES_MAX: usize = 128;
 
+/// Those of one /24 or /48, so that no network takes all.
+pub(super) const HANDSHAKES_SHARE_MAX: usize = 48;
+
 /// With so many handshakes under way, a newcomer must first prove that its address is its own.
 pub(super) const HANDSHAKES_UNPROVEN_MAX: usize = 32;
 

@@ -60,14 +60,21 @@ impl Driver {
     }
 
     /// Writes down what everybody's gossip is worth.
-    pub(super) fn score(&mut self) {
+    pub(super) fn score(&mut self, now: Instant) {
         let gossip = &self.swarm.behaviour().gossip;
+        let graylist = gossipsub::PeerScoreThresholds::default().graylist_threshold;
+        let mut unbearable = Vec::new();
         for node in self.meetings.present.keys() {
             if let Some(score) = peer_of(*node).and_then(|peer| gossip.peer_score(&peer)) {
                 // Scores beyond a few thousand mean the same.
                 self.shared.change(*node, |record| record.score = score as i32);
+                if score < graylist {
+                    unbearable.push(*node);
+                }
             }
         }
+        // Gossip hears it no longer, and its score recovers; if it stays so for a minute, it goes for a while.
+        unbearable.into_iter().for_each(|node| self.blame(node, now));
     }
 
     pub(super) fn on_connected(

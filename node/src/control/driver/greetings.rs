@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use libp2p::Multiaddr;
 use libp2p::swarm::ConnectionId;
+use libp2p::{Multiaddr, PeerId};
 use polder_protocol::hash::NodeId;
 use polder_protocol::wire::{
     self, ADDRESSES_MAX, Farewell, Greeting, HINTS_MAX, Hello, PeerHint, Refusal, Reply, Request, Service,
@@ -74,6 +74,7 @@ impl Driver {
             Err(reason) => {
                 self.forget_member(node, reason.clone());
                 self.turn_away(node, now);
+                self.blame(node, now);
                 Reply::Refused(Refusal::NotAdmitted { reason })
             }
         }
@@ -109,6 +110,7 @@ impl Driver {
             }
             self.shared.forget(node, "it has restarted".into());
         }
+        let seen = meeting.seen;
         let relayed = meeting.connections.values().all(|relayed| *relayed);
         let rtt = lock(&self.shared.peers).get(&node).and_then(|record| record.rtt);
         let record = PeerRecord {
@@ -134,6 +136,7 @@ impl Driver {
         self.meetings.succeeded(node);
         let addresses = readable(&hello.control_addresses);
         if let Some(peer) = peer_of(node) {
+            self.open_doors(peer, seen);
             for address in &addresses {
                 self.swarm.behaviour_mut().kad.add_address(&peer, address.clone());
             }
@@ -234,9 +237,39 @@ impl Driver {
         self.turn_away(node, now);
     }
 
+    /// A member is heard by gossip, routing and probing, which are deaf to strangers.
+    fn open_doors(&mut self, peer: PeerId, seen: Option<std::net::IpAddr>) {
+        let behaviour = self.swarm.behaviour_mut();
+        behaviour.crowd.0.admit(peer, seen);
+        behaviour.gossip.admit(peer);
+        behaviour.kad.admit(peer);
+        behaviour.prober.admit(peer);
+    }
+
+    fn close_doors(&mut self, peer: &PeerId) {
+        let behaviour = self.swarm.behaviour_mut();
+        behaviour.gossip.dismiss(peer);
+        behaviour.kad.dismiss(peer);
+        behaviour.kad.remove_peer(peer);
+        behaviour.prober.dismiss(peer);
+    }
+
+    /// Notes what no honest peer does, and ends its connections when it has done so too often.
+    pub(super) fn blame(&mut self, node: NodeId, now: Instant) {
+        if let Some(peer) = peer_of(node)
+            && self.swarm.behaviour_mut().crowd.0.offended(peer, now)
+        {
+            tracing::warn!(%node, "banned for a while");
+            self.turn_away(node, now);
+        }
+    }
+
     /// A member is one no longer, wherever it is listed.
     fn forget_member(&mut self, node: NodeId, reason: String) {
         self.shared.forget(node, reason);
+        if let Some(peer) = peer_of(node) {
+            self.close_doors(&peer);
+        }
         if let Some(meeting) = self.meetings.present.get_mut(&node) {
             meeting.member = None;
         }

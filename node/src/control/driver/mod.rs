@@ -50,6 +50,9 @@ const DIALS_PER_TICK: usize = 8;
 /// Requests of peers whose greeting is on its way to us. A listener may ask as soon as it has greeted.
 const EARLY_MAX: usize = 256;
 
+/// Those of one peer; each may have a MiB.
+const EARLY_PER_PEER_MAX: usize = 16;
+
 /// Requests that services are working on; more are answered with "busy".
 const REPLIES_MAX: usize = 4096;
 
@@ -207,7 +210,7 @@ impl Driver {
         let leaving: Vec<NodeId> = leaving.map(|(node, _)| *node).collect();
         leaving.into_iter().for_each(|node| self.disconnect(node));
         if now.saturating_duration_since(self.rechecked) >= RECHECK {
-            self.score();
+            self.score(now);
             self.rechecked = now;
             self.recheck(now);
         }

@@ -8,7 +8,7 @@ use polder_protocol::hash::NodeId;
 use polder_protocol::wire::{Refusal, Reply, Request, Service};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Asked, Driver, EARLY_MAX, REPLIES_MAX, refuse_id, unreachable};
+use super::{Asked, Driver, EARLY_MAX, EARLY_PER_PEER_MAX, REPLIES_MAX, refuse_id, unreachable};
 use crate::control::address::{node_of, peer_of};
 use crate::control::shared::lock;
 use crate::control::{ControlError, Incoming};
@@ -66,6 +66,16 @@ impl Driver {
                     }
                 }
             }
+            request_response::Event::InboundFailure {
+                peer,
+                error: request_response::InboundFailure::Io(error),
+                ..
+            } if error.kind() == std::io::ErrorKind::InvalidData => {
+                // Too long, or no message at all: no honest program sends that.
+                if let Some(node) = node_of(&peer) {
+                    self.blame(node, now);
+                }
+            }
             request_response::Event::InboundFailure { .. } | request_response::Event::ResponseSent { .. } => {}
         }
     }
@@ -95,7 +105,8 @@ impl Driver {
                     .present
                     .get(&node)
                     .is_some_and(|meeting| meeting.greeting && meeting.closes.is_none());
-                if coming && self.early.len() < EARLY_MAX {
+                let own = self.early.iter().filter(|(from, ..)| *from == node).count();
+                if coming && self.early.len() < EARLY_MAX && own < EARLY_PER_PEER_MAX {
                     self.early.push_back((node, request, channel));
                 } else {
                     let reason = "show valid credentials first".into();
