@@ -1,5 +1,6 @@
 //! Polder's machines under virtual time: thousands of nodes' worth of faults, each repeatable from its seed.
 
+mod discovery;
 mod engine;
 mod invariants;
 mod oracle;
@@ -40,16 +41,52 @@ enum What {
         #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u8).range(3..=64))]
         nodes: u8,
     },
+    /// How nodes find each other by gossip, and what it costs each of them.
+    Discovery {
+        /// Nodes of each world, in turn.
+        #[arg(long, value_delimiter = ',', default_value = "200,1000,10000", value_parser = clap::value_parser!(u32).range(2..=16_000))]
+        nodes: Vec<u32>,
+        /// The seed.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// Nodes of a hundred that pass nothing on.
+        #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(0..=50))]
+        silent_percent: u64,
+    },
 }
 
 fn main() -> ExitCode {
-    let What::Rounds {
-        seeds,
-        first,
-        seed,
-        tell,
-        nodes,
-    } = Arguments::parse().what;
+    match Arguments::parse().what {
+        What::Rounds {
+            seeds,
+            first,
+            seed,
+            tell,
+            nodes,
+        } => rounds((seeds, first, seed), tell, nodes),
+        What::Discovery {
+            nodes,
+            seed,
+            silent_percent,
+        } => discover(seed, &nodes, silent_percent),
+    }
+}
+
+fn discover(seed: u64, sizes: &[u32], silent_percent: u64) -> ExitCode {
+    let mut all_found = true;
+    for nodes in sizes {
+        let report = discovery::run(seed, *nodes as usize, silent_percent);
+        println!("{report}");
+        all_found &= report.all_found();
+    }
+    if !all_found {
+        eprintln!("error: somebody was not found");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}
+
+fn rounds((seeds, first, seed): (u64, u64, Option<u64>), tell: bool, nodes: u8) -> ExitCode {
     let range = match seed {
         Some(seed) => seed..seed.saturating_add(1),
         None => first..first.saturating_add(seeds),

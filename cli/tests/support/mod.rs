@@ -257,7 +257,7 @@ fn signal(name: &str, process: u32) {
 }
 
 /// Free for TCP and UDP at this moment.
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     loop {
         let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = tcp.local_addr().unwrap();

@@ -160,7 +160,7 @@ fn behaviour(
     let peer = key.public().to_peer_id();
     let most = config.connections_max.max(8);
     let limits = connection_limits::ConnectionLimits::default()
-        .with_max_pending_incoming(Some(most / 8))
+        .with_max_pending_incoming(Some(most / 2))
         .with_max_pending_outgoing(Some(most / 8))
         .with_max_established_incoming(Some(most - most / 8))
         .with_max_established(Some(most))
@@ -173,7 +173,7 @@ fn behaviour(
         false => None,
     };
     Ok(Behaviour {
-        crowd: Crowd(Turnstile::new((most / 8) as usize)),
+        crowd: Crowd(Turnstile::new((most / 2) as usize)),
         limits: connection_limits::Behaviour::new(limits),
         memory: memory_connection_limits::Behaviour::with_max_percentage(MEMORY_SHARE_MAX),
         identify: identify::Behaviour::new(

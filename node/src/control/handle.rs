@@ -12,7 +12,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::address::{ip_of, multiaddresses, node_of, peer_of};
 use super::shared::{Shared, lock};
-use super::{ControlError, Gossip, Incoming, Path, PeerEvent, PeerRecord, REQUEST_DEADLINE};
+use super::{Circles, ControlError, Gossip, Incoming, Path, PeerEvent, PeerRecord, REQUEST_DEADLINE};
 use crate::gate::AddressBook;
 
 /// Requests of one service that may wait for it; more are answered with "busy".
@@ -51,6 +51,9 @@ pub(super) enum Command {
         topic: String,
     },
     Reintroduce,
+    Circles {
+        answer: oneshot::Sender<Circles>,
+    },
     Shutdown {
         done: oneshot::Sender<()>,
     },
@@ -273,6 +276,15 @@ impl ControlHandle {
     pub async fn reintroduce(&self) {
         // A stopped control plane has nobody to greet.
         let _ = self.send(Command::Reintroduce).await;
+    }
+
+    /// With whom gossip and the routing table deal now; nobody once the control plane has stopped.
+    pub async fn circles(&self) -> Circles {
+        let (answer, answered) = oneshot::channel();
+        match self.send(Command::Circles { answer }).await {
+            Ok(()) => answered.await.unwrap_or_default(),
+            Err(_) => Circles::default(),
+        }
     }
 
     /// Says goodbye to all members and stops.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use libp2p::Multiaddr;
 use libp2p::swarm::ConnectionId;
-use polder_protocol::hash::NodeId;
+use polder_protocol::hash::{InstitutionId, NodeId};
 use polder_protocol::wire::{ADDRESSES_MAX, Request};
 use tokio::sync::oneshot;
 
@@ -147,6 +147,14 @@ impl Meetings {
 
     pub(super) fn members(&self) -> usize {
         self.present.values().filter(|meeting| meeting.member.is_some()).count()
+    }
+
+    /// Members of one institution.
+    pub(super) fn of_institution(&self, institution: InstitutionId) -> usize {
+        let members = self.present.values().filter_map(|meeting| meeting.member.as_ref());
+        members
+            .filter(|member| member.admitted.institution == institution)
+            .count()
     }
 
     /// Keeps a request until its peer is a member; gives it back when too many wait.

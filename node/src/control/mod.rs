@@ -14,6 +14,7 @@ mod gossip;
 mod handle;
 mod meetings;
 mod shared;
+mod table;
 #[cfg(test)]
 mod tests;
 mod turnstile;
@@ -61,7 +62,8 @@ pub struct ControlConfig {
     pub data_addresses: Vec<SocketAddr>,
     /// Stop trying to meet further members at so many.
     pub peers_target: usize,
-    /// Connections in all; those waiting for their handshake are limited to an eighth of it.
+    /// Connections in all; handshakes of those who come are limited to half as many, and a few for
+    /// each network.
     pub connections_max: u32,
 }
 
@@ -192,6 +194,15 @@ pub struct PeerRecord {
     pub score: i32,
     /// When it was last heard.
     pub last_seen: UnixSeconds,
+}
+
+/// With whom gossip and the routing table deal now.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Circles {
+    /// Nodes in the routing table.
+    pub table: Vec<NodeId>,
+    /// Nodes that gossip knows to listen to some topic, or has in a mesh.
+    pub gossip: Vec<NodeId>,
 }
 
 /// What changed among the members that this node has met.

@@ -5,6 +5,7 @@ use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use libp2p::{gossipsub, identify, kad};
 use polder_protocol::hash::InstitutionId;
 
 use super::*;
@@ -229,6 +230,107 @@ async fn a_member_whose_certificate_is_revoked_is_shown_the_door() {
         .expect("told");
     assert!(reason.contains("revoked"), "{reason}");
     until("gone", || one.present().is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_enter_neither_the_routing_table_nor_the_meshes() {
+    let one = node(30, "dike", &[]).await;
+    let _heard = one.subscribe("news");
+    let two = node(31, "dike", &[&one]).await;
+    let _heard_too = two.subscribe("news");
+    until("met", || one.present().len() == 1).await;
+    let (done, talked) = oneshot::channel();
+    let task = tokio::spawn(stranger(one.listen_addresses(), done));
+    tokio::time::timeout(Duration::from_secs(30), talked)
+        .await
+        .expect("in time")
+        .expect("talked");
+    for _ in 0..100 {
+        if one.circles().await.gossip.contains(&two.node()) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let circles = one.circles().await;
+    assert_eq!(circles.table, [two.node()]);
+    assert_eq!(circles.gossip, [two.node()]);
+    task.abort();
+}
+
+/// Talks gossip, routing and identification to a node for three seconds, and shows no credentials. It must hear
+/// neither gossip nor routes.
+async fn stranger(addresses: Vec<String>, done: oneshot::Sender<()>) {
+    #[derive(libp2p::swarm::NetworkBehaviour)]
+    struct Talk {
+        gossip: gossipsub::Behaviour,
+        kad: kad::Behaviour<kad::store::MemoryStore>,
+        identify: identify::Behaviour,
+    }
+    let mut swarm = libp2p::SwarmBuilder::with_new_identity()
+        .with_tokio()
+        .with_tcp(
+            Default::default(),
+            libp2p::noise::Config::new,
+            libp2p::yamux::Config::default,
+        )
+        .expect("transport")
+        .with_behaviour(|key| {
+            let peer = key.public().to_peer_id();
+            let settings = kad::Config::new(libp2p::StreamProtocol::new("/polder/kad/1"));
+            let signed = gossipsub::MessageAuthenticity::Signed(key.clone());
+            Ok(Talk {
+                gossip: gossipsub::Behaviour::new(signed, gossipsub::Config::default())?,
+                kad: kad::Behaviour::with_config(peer, kad::store::MemoryStore::new(peer), settings),
+                identify: identify::Behaviour::new(identify::Config::new("/polder/1".into(), key.public())),
+            })
+        })
+        .expect("behaviour")
+        .build();
+    swarm.behaviour_mut().kad.set_mode(Some(kad::Mode::Server));
+    let topic = gossipsub::IdentTopic::new("news");
+    swarm.behaviour_mut().gossip.subscribe(&topic).expect("subscribed");
+    swarm
+        .listen_on("/ip4/127.0.0.1/tcp/0".parse().expect("address"))
+        .expect("listening");
+    let tcp = addresses
+        .iter()
+        .find(|address| address.contains("/tcp/"))
+        .expect("listening");
+    swarm
+        .dial(tcp.parse::<libp2p::Multiaddr>().expect("address"))
+        .expect("dialled");
+    let mut done = Some(done);
+    let mut ends = Box::pin(tokio::time::sleep(Duration::from_secs(20)));
+    let mut met = false;
+    loop {
+        tokio::select! {
+            () = &mut ends => {
+                assert!(met, "it was never connected");
+                if let Some(done) = done.take() {
+                    let _ = done.send(());
+                }
+                ends.as_mut().reset(tokio::time::Instant::now() + Duration::from_secs(600));
+            }
+            event = futures::StreamExt::select_next_some(&mut swarm) => match event {
+                libp2p::swarm::SwarmEvent::ConnectionEstablished { peer_id, endpoint, .. } => {
+                    met = true;
+                    let kad = &mut swarm.behaviour_mut().kad;
+                    kad.add_address(&peer_id, endpoint.get_remote_address().clone());
+                    kad.get_closest_peers(peer_id);
+                    let record = kad::Record::new(b"key".to_vec(), b"poison".to_vec());
+                    kad.put_record(record, kad::Quorum::One).expect("stored here");
+                    ends.as_mut().reset(tokio::time::Instant::now() + Duration::from_secs(3));
+                }
+                libp2p::swarm::SwarmEvent::Behaviour(TalkEvent::Kad(kad::Event::OutboundQueryProgressed {
+                    result: kad::QueryResult::PutRecord(Ok(_)),
+                    ..
+                })) => panic!("a stranger's record was taken"),
+                _ => {
+                    let _ = swarm.behaviour_mut().gossip.publish(topic.clone(), b"poison".to_vec());
+                }
+            },
+        }
+    }
 }
 
 /// Lets everybody in until they are revoked.

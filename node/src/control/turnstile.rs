@@ -45,6 +45,8 @@ const BAN_MAX: Duration = Duration::from_secs(3600);
 pub(super) enum TurnedAway {
     #[error("its network has as many handshakes under way as it may")]
     Handshakes,
+    #[error("the places that are left are for networks of members")]
+    Reserved,
     #[error("its network knocks too often")]
     Pace,
     #[error("its network has as many strangers here as it may")]
@@ -71,6 +73,7 @@ struct Offender {
 /// All of it. It holds nothing for a connection that has ended.
 #[derive(Debug)]
 pub(super) struct Turnstile {
+    handshakes_max: usize,
     handshakes_share_max: usize,
     handshakes: BTreeMap<ConnectionId, Neighbourhood>,
     shaking: Census,
@@ -79,6 +82,8 @@ pub(super) struct Turnstile {
     /// Where members are: they may knock as often as they like.
     members: BTreeMap<ConnectionId, (PeerId, Option<IpAddr>)>,
     admitted: BTreeSet<PeerId>,
+    /// Where members have been: a quarter of the handshakes is theirs, since a flood may come from many networks.
+    familiar: BTreeSet<Neighbourhood>,
     paces: BTreeMap<Neighbourhood, Pace>,
     offenders: BTreeMap<PeerId, Offender>,
 }
@@ -87,13 +92,15 @@ impl Turnstile {
     /// `handshakes_max` is how many may be under way in all.
     pub(super) fn new(handshakes_max: usize) -> Self {
         Self {
-            handshakes_share_max: (handshakes_max / 4).max(1),
+            handshakes_max,
+            handshakes_share_max: (handshakes_max / 16).max(1),
             handshakes: BTreeMap::new(),
             shaking: Census::default(),
             strangers: BTreeMap::new(),
             strange: Census::default(),
             members: BTreeMap::new(),
             admitted: BTreeSet::new(),
+            familiar: BTreeSet::new(),
             paces: BTreeMap::new(),
             offenders: BTreeMap::new(),
         }
@@ -105,6 +112,10 @@ impl Turnstile {
         let known = ip.is_some() && self.members.values().any(|(_, at)| *at == ip);
         if !known && !self.keeps_pace(neighbourhood, now) {
             return Err(TurnedAway::Pace);
+        }
+        let open_to_all = self.handshakes_max - self.handshakes_max / 4;
+        if self.handshakes.len() >= open_to_all && !self.familiar.contains(&neighbourhood) {
+            return Err(TurnedAway::Reserved);
         }
         if !self.shaking.enter(neighbourhood, self.handshakes_share_max) {
             return Err(TurnedAway::Handshakes);
@@ -159,6 +170,9 @@ impl Turnstile {
     pub(super) fn admit(&mut self, peer: PeerId, ip: Option<IpAddr>) {
         self.offenders.remove(&peer);
         self.admitted.insert(peer);
+        if self.familiar.len() < PACES_MAX {
+            self.familiar.insert(Neighbourhood::of(ip));
+        }
         let own: Vec<ConnectionId> = self
             .strangers
             .iter()
@@ -247,13 +261,26 @@ mod tests {
 
     #[test]
     fn one_network_leaves_handshakes_for_others() {
-        let (mut turnstile, now) = (Turnstile::new(64), Instant::now());
+        let (mut turnstile, now) = (Turnstile::new(256), Instant::now());
         let results: Vec<_> = (0..40).map(|n| turnstile.knocks(id(n), ip(1), now)).collect();
         assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 16);
         assert_eq!(results.last(), Some(&Err(TurnedAway::Handshakes)));
         assert_eq!(turnstile.knocks(id(100), ip(2), now), Ok(()));
         turnstile.leaves(id(0));
         assert_eq!(turnstile.knocks(id(101), ip(1), now), Ok(()));
+    }
+
+    #[test]
+    fn many_networks_leave_handshakes_for_those_of_members() {
+        let (mut turnstile, now) = (Turnstile::new(256), Instant::now());
+        assert_eq!(turnstile.enters(id(0), peer(1), ip(200), false, now), Ok(()));
+        turnstile.admit(peer(1), ip(200));
+        let taken = (1..400)
+            .filter(|n| turnstile.knocks(id(*n), ip((n % 100) as u8), now).is_ok())
+            .count();
+        assert_eq!(taken, 192);
+        assert_eq!(turnstile.knocks(id(500), ip(150), now), Err(TurnedAway::Reserved));
+        assert_eq!(turnstile.knocks(id(501), ip(200), now), Ok(()));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The directory on the network: this node's own announcements go out, others' come in by gossip and in pages.
 //!
-//! An own announcement is repeated every half minute, and at once when it changes. A node that meets another asks it
+//! An own announcement is repeated every half minute, less often where there are many nodes, and at once when it changes. A node that meets another asks it
 //! for its pages, so a newcomer need not wait for half a minute of gossip.
 
 mod service;
@@ -14,8 +14,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use polder_protocol::charter::Capabilities;
 use polder_protocol::directory::{
-    ANNOUNCEMENT_SECONDS, ANNOUNCEMENT_VERSION, Announcement, AnnouncementError, Change, Directory, EPOCHS_MAX,
-    EpochNotice, KnownEpoch, STAGES_MAX, StageOffer, Standing,
+    ANNOUNCEMENT_VERSION, Announcement, AnnouncementError, Change, Directory, EPOCHS_MAX, EpochNotice, KnownEpoch,
+    STAGES_MAX, StageOffer, Standing, announcement_seconds,
 };
 use polder_protocol::hash::{EpochId, FederationId, NodeId};
 use polder_protocol::identity::{KeyPair, Signed, SignedError};
@@ -205,7 +205,7 @@ impl Inner {
             node: self.key.node(),
             credentials: self.gate.credentials(),
             sequence: state.sequence,
-            expires: UnixSeconds(unix_now().0.saturating_add(ANNOUNCEMENT_SECONDS)),
+            expires: UnixSeconds(unix_now().0.saturating_add(announcement_seconds(state.directory.len()))),
             stages: state.stages.clone(),
             epochs: state.epochs.values().take(EPOCHS_MAX).cloned().collect(),
         };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use polder_protocol::directory::{Page, PageRequest};
+use polder_protocol::directory::{Page, PageRequest, repeat_seconds};
 use polder_protocol::hash::NodeId;
 use polder_protocol::identity::Signed;
 use polder_protocol::wire;
@@ -13,7 +13,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use super::{Inner, unix_now};
 use crate::control::{ControlHandle, Gossip, Incoming, PeerEvent, Service};
 
-/// Own announcements are repeated after so long, give or take a fifth so that nodes do not speak in chorus.
+/// How often the first few peers of a while are asked for pages.
 const REPEAT: Duration = Duration::from_secs(30);
 
 /// Changes in quick succession, such as a session that opens and closes, are told together.
@@ -58,7 +58,8 @@ async fn announce(inner: Arc<Inner>) {
         tokio::select! {
             () = tokio::time::sleep_until(next) => {
                 let heard = inner.publish().await;
-                next = Instant::now() + if heard { with_jitter(REPEAT) } else { UNHEARD };
+                let repeat = Duration::from_secs(repeat_seconds(inner.lock().directory.len()));
+                next = Instant::now() + if heard { with_jitter(repeat) } else { UNHEARD };
             }
             () = inner.announce.notified() => next = next.min(Instant::now() + PAUSE),
             _ = expiry.tick() => {
@@ -71,7 +72,7 @@ async fn announce(inner: Arc<Inner>) {
     }
 }
 
-/// `span`, up to a fifth shorter or longer.
+/// `span`, up to a fifth shorter or longer, so that nodes do not speak in chorus.
 fn with_jitter(span: Duration) -> Duration {
     let mut byte = [128];
     // Without random numbers the nodes speak in chorus, which is loud and not wrong.

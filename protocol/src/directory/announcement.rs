@@ -14,7 +14,8 @@ use crate::wire::{DecodeError, Message};
 /// The form that this program writes and reads.
 pub const ANNOUNCEMENT_VERSION: u16 = 1;
 
-/// How long an announcement is believed: three of the intervals of 30 s at which nodes repeat theirs.
+/// How long an announcement is believed in a small federation: three of the intervals of 30 s at which nodes repeat
+/// theirs.
 pub const ANNOUNCEMENT_SECONDS: u64 = 90;
 
 /// The longest announcement. It goes to everybody every half minute, so it stays small.

@@ -25,8 +25,18 @@ pub use announcement::{
     STAGES_MAX, StageOffer,
 };
 
-/// The most nodes of a directory: a large federation; at worst 48 MiB.
-pub const NODES_MAX: usize = 4_096;
+/// The most nodes of a directory: a large federation. An announcement is some 500 bytes, so 8 MiB; at worst, when every
+/// certified node says as much as it may, 192 MiB.
+pub const NODES_MAX: usize = 16_384;
+
+/// Those of one institution, however many certificates it signs.
+pub const INSTITUTION_NODES_MAX: usize = NODES_MAX / 4;
+
+/// Announcements of all nodes together, each second. Gossip brings each some four times: 20 KiB/s at every node.
+pub const ANNOUNCEMENTS_PER_SECOND: u64 = 10;
+
+/// The longest that any announcement is believed: in a full directory.
+pub const ANNOUNCEMENT_SECONDS_MAX: u64 = 3 * (NODES_MAX as u64).div_ceil(ANNOUNCEMENTS_PER_SECOND);
 
 /// Room for the version, the count and the end of a page, and for the length of each announcement.
 const PAGE_OVERHEAD_BYTES: usize = 64;
@@ -75,7 +85,7 @@ pub enum AnnouncementError {
     WrongKey { node: NodeId },
     #[error("announcement of node {node} expired at {expired} (unix seconds); it is now {now}")]
     Expired { node: NodeId, expired: u64, now: u64 },
-    #[error("announcement of node {node} is for {life_seconds} seconds, over the limit of {ANNOUNCEMENT_SECONDS}")]
+    #[error("announcement of node {node} is for {life_seconds} seconds, over the limit of {ANNOUNCEMENT_SECONDS_MAX}")]
     TooLong { node: NodeId, life_seconds: u64 },
     #[error("announcement of node {node} has {count} {what}, over the limit of {limit}")]
     TooMany {
@@ -88,6 +98,8 @@ pub enum AnnouncementError {
     Range { node: NodeId },
     #[error("node {node}, which announces something, may not be here")]
     NotAdmitted { node: NodeId },
+    #[error("directory holds {INSTITUTION_NODES_MAX} nodes of institution {institution}, which is its share")]
+    Share { institution: InstitutionId },
     #[error("directory holds {NODES_MAX} nodes, which is its limit")]
     Full,
 }
@@ -100,9 +112,29 @@ struct Entry {
     institution: InstitutionId,
     stages: Vec<StageOffer>,
     epochs: Vec<EpochNotice>,
-    gone_at: UnixSeconds,
-    // Its node has left; it stays so that an old announcement does not bring the node back.
+    heard_at: UnixSeconds,
+    // Its node has left, or was not heard for too long; it stays so that an old announcement does not bring it back,
     left: bool,
+    // until no clock believes any announcement that came before it.
+    end: UnixSeconds,
+}
+
+impl Entry {
+    fn gone_at(&self, life_seconds: u64) -> UnixSeconds {
+        UnixSeconds(self.heard_at.0.saturating_add(life_seconds)).min(self.end)
+    }
+}
+
+/// How often a node repeats its announcement where so many are known: all of them together are heard
+/// [`ANNOUNCEMENTS_PER_SECOND`] times a second at most, so what a node hears does not grow with the federation.
+pub fn repeat_seconds(nodes: usize) -> u64 {
+    let nodes = u64::try_from(nodes.min(NODES_MAX)).unwrap_or(u64::MAX);
+    nodes.div_ceil(ANNOUNCEMENTS_PER_SECOND).max(ANNOUNCEMENT_SECONDS / 3)
+}
+
+/// How long an announcement is believed where so many nodes are known: two of its repetitions may be lost.
+pub fn announcement_seconds(nodes: usize) -> u64 {
+    repeat_seconds(nodes).saturating_mul(3)
 }
 
 /// What this node has heard of all nodes.
@@ -151,8 +183,8 @@ impl Directory {
         self.check(now, signed.by(), &announcement)?;
         let node = announcement.node;
         let standing = admit(node, &announcement.credentials).ok_or(AnnouncementError::NotAdmitted { node })?;
-        if !self.entries.contains_key(&node) && self.entries.len() >= NODES_MAX {
-            return Err(AnnouncementError::Full);
+        if !self.entries.contains_key(&node) {
+            self.make_room(standing.institution)?;
         }
         let may = |what| standing.capabilities.has(what);
         let stages = if may(Capabilities::SERVE) {
@@ -166,16 +198,16 @@ impl Directory {
             Vec::new()
         };
         // Clocks differ: it is believed for its time from now on, and never beyond its end on the slowest clock.
-        let end = announcement.expires.0.saturating_add(CLOCK_SKEW_SECONDS);
-        let gone_at = UnixSeconds(now.0.saturating_add(ANNOUNCEMENT_SECONDS).min(end));
+        let end = UnixSeconds(announcement.expires.0.saturating_add(CLOCK_SKEW_SECONDS));
         let entry = Entry {
             signed,
             sequence: announcement.sequence,
             institution: standing.institution,
             stages,
             epochs,
-            gone_at,
+            heard_at: now,
             left: false,
+            end,
         };
         let same = |old: &Entry| !old.left && old.stages == entry.stages && old.epochs == entry.epochs;
         let nothing = entry.stages.is_empty() && entry.epochs.is_empty();
@@ -186,6 +218,28 @@ impl Directory {
         };
         self.entries.insert(node, entry);
         Ok(change)
+    }
+
+    /// A place for one more node of `institution`, in the stead of one that has left where there is none.
+    fn make_room(&mut self, institution: InstitutionId) -> Result<(), AnnouncementError> {
+        let own = self.entries.values().filter(|entry| entry.institution == institution);
+        let (full, crowded) = (self.entries.len() >= NODES_MAX, own.count() >= INSTITUTION_NODES_MAX);
+        if !full && !crowded {
+            return Ok(());
+        }
+        let gone = self
+            .entries
+            .iter()
+            .filter(|(_, entry)| entry.left && (!crowded || entry.institution == institution));
+        let first = gone.min_by_key(|(_, entry)| entry.end).map(|(node, _)| *node);
+        match first {
+            Some(node) => {
+                self.entries.remove(&node);
+                Ok(())
+            }
+            None if crowded => Err(AnnouncementError::Share { institution }),
+            None => Err(AnnouncementError::Full),
+        }
     }
 
     fn check(&self, now: UnixSeconds, by: [u8; 32], announcement: &Announcement) -> Result<(), AnnouncementError> {
@@ -213,7 +267,7 @@ impl Directory {
             let (expired, now) = (expires, now.0);
             return Err(AnnouncementError::Expired { node, expired, now });
         }
-        if expires > now.0.saturating_add(ANNOUNCEMENT_SECONDS + CLOCK_SKEW_SECONDS) {
+        if expires > now.0.saturating_add(ANNOUNCEMENT_SECONDS_MAX + CLOCK_SKEW_SECONDS) {
             let life_seconds = expires - now.0;
             return Err(AnnouncementError::TooLong { node, life_seconds });
         }
@@ -255,22 +309,37 @@ impl Directory {
     /// Drops what has expired. Whether that changes anything.
     pub fn expire(&mut self, now: UnixSeconds) -> bool {
         let mut changed = false;
+        let life = announcement_seconds(self.entries.len());
         self.entries.retain(|_, entry| {
-            let stays = now < entry.gone_at;
-            changed |= !stays && !entry.left;
-            stays
+            if now >= entry.gone_at(life) && !entry.left {
+                entry.left = true;
+                changed = true;
+            }
+            now < entry.end
         });
         changed
     }
 
     /// When to call [`Self::expire`] next.
     pub fn wake_at(&self) -> Option<UnixSeconds> {
-        self.entries.values().map(|entry| entry.gone_at).min()
+        let life = announcement_seconds(self.entries.len());
+        let due = |entry: &Entry| if entry.left { entry.end } else { entry.gone_at(life) };
+        self.entries.values().map(due).min()
     }
 
     /// The number of the newest announcement of `node` that is known.
     pub fn sequence(&self, node: NodeId) -> Option<u64> {
         self.entries.get(&node).map(|entry| entry.sequence)
+    }
+
+    /// How many nodes are known, those that have left a short while ago among them.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether nobody is known.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
     }
 
     /// Nodes that are here, with or without offers.

@@ -26,6 +26,51 @@ fn an_announced_stage_is_offered_until_it_expires() {
     assert!(!directory.expire(later(ANNOUNCEMENT_SECONDS - 1)));
     assert!(directory.expire(later(ANNOUNCEMENT_SECONDS)));
     assert!(directory.offers(epoch(7)).is_empty());
+    // What was said before stays unsaid, as long as some clock may still believe it.
+    let now = later(ANNOUNCEMENT_SECONDS);
+    let stale = Announcement {
+        expires: later(2 * ANNOUNCEMENT_SECONDS),
+        ..announcement(1, 0)
+    };
+    assert_eq!(insert(&mut directory, now, &stale), Ok(Change::Nothing));
+    assert_eq!(insert(&mut directory, now, &announcement(1, 1)), Ok(Change::Nothing));
+    assert!(directory.offers(epoch(7)).is_empty());
+    directory.expire(later(ANNOUNCEMENT_SECONDS + CLOCK_SKEW_SECONDS));
+    assert!(directory.is_empty());
+}
+
+#[test]
+fn nodes_speak_more_seldom_the_more_there_are() {
+    assert_eq!(repeat_seconds(0), 30);
+    assert_eq!(repeat_seconds(300), 30);
+    assert_eq!(repeat_seconds(10_000), 1_000);
+    assert_eq!(announcement_seconds(10_000), 3_000);
+    assert_eq!(announcement_seconds(usize::MAX), ANNOUNCEMENT_SECONDS_MAX);
+}
+
+#[test]
+fn an_institution_has_its_share_and_no_more() {
+    let mut directory = directory();
+    let place = |n: usize| {
+        let mut id = [0; 32];
+        id[..8].copy_from_slice(&(n as u64).to_le_bytes());
+        NodeId(id)
+    };
+    insert(&mut directory, NOW, &announcement(1, 1)).unwrap();
+    let entry = directory.entries.values().next().unwrap().clone();
+    for n in 1..INSTITUTION_NODES_MAX {
+        directory.entries.insert(place(n), entry.clone());
+    }
+    let crowded = insert(&mut directory, NOW, &announcement(2, 1));
+    assert_eq!(
+        crowded,
+        Err(AnnouncementError::Share {
+            institution: institution()
+        })
+    );
+    directory.forget(place(3));
+    assert_eq!(insert(&mut directory, NOW, &announcement(2, 1)), Ok(Change::Offers));
+    assert_eq!(directory.sequence(place(3)), None);
 }
 
 #[test]
@@ -88,7 +133,7 @@ fn what_must_not_be_kept_is_refused_by_name() {
                 expires: later(10_000),
                 ..base()
             },
-            "over the limit of 90",
+            "over the limit of 4917",
         ),
         (
             Announcement {
@@ -191,8 +236,9 @@ fn an_announcement_as_long_as_allowed_fits_its_limit() {
 fn a_full_directory_takes_renewals_only() {
     let mut directory = directory();
     insert(&mut directory, NOW, &announcement(1, 1)).unwrap();
-    let entry = directory.entries.values().next().unwrap().clone();
+    let mut entry = directory.entries.values().next().unwrap().clone();
     for n in 0..u32::try_from(NODES_MAX).unwrap() - 1 {
+        entry.institution = InstitutionId([(n % 9) as u8 + 100; 32]);
         let mut id = [0; 32];
         id[..4].copy_from_slice(&n.to_le_bytes());
         directory.entries.insert(NodeId(id), entry.clone());

@@ -1,5 +1,6 @@
 //! What the rest of the node asks of the control plane: meet, request, publish, subscribe.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use libp2p::Multiaddr;
@@ -10,11 +11,11 @@ use polder_protocol::hash::NodeId;
 use polder_protocol::wire::{self, Envelope, Request};
 
 use super::{Asked, Driver, refuse_id, unreachable};
-use crate::control::ControlError;
-use crate::control::address::{is_relayed, peer_of};
+use crate::control::address::{is_relayed, node_of, peer_of};
 use crate::control::behaviour::topic_score;
 use crate::control::handle::Command;
 use crate::control::meetings::Waiting;
+use crate::control::{Circles, ControlError};
 
 impl Driver {
     pub(super) fn on_command(&mut self, command: Command) {
@@ -66,6 +67,27 @@ impl Driver {
             Command::Reintroduce => {
                 let members: Vec<NodeId> = self.meetings.present.keys().copied().collect();
                 members.into_iter().for_each(|node| self.greet(node));
+            }
+            Command::Circles { answer } => {
+                let behaviour = self.swarm.behaviour_mut();
+                let buckets = behaviour.kad.kbuckets();
+                let table = buckets.flat_map(|bucket| {
+                    let nodes = bucket.iter().filter_map(|entry| node_of(entry.node.key.preimage()));
+                    nodes.collect::<Vec<NodeId>>()
+                });
+                let table = table.collect();
+                let subscribed = behaviour.gossip.all_peers().filter(|(_, topics)| !topics.is_empty());
+                let meshed = behaviour.gossip.all_mesh_peers();
+                let gossip: BTreeSet<NodeId> = subscribed
+                    .map(|(peer, _)| peer)
+                    .chain(meshed)
+                    .filter_map(node_of)
+                    .collect();
+                // The asker may have given up.
+                let _ = answer.send(Circles {
+                    table,
+                    gossip: gossip.into_iter().collect(),
+                });
             }
             // Handled by the loop, which ends with it.
             Command::Shutdown { .. } => {}

@@ -1,21 +1,24 @@
 //! Who is let in: greetings, goodbyes, and the door.
 
 use std::collections::VecDeque;
+use std::net::IpAddr;
 use std::time::Instant;
 
 use libp2p::swarm::ConnectionId;
 use libp2p::{Multiaddr, PeerId};
-use polder_protocol::hash::NodeId;
+use polder_protocol::hash::{InstitutionId, NodeId};
 use polder_protocol::wire::{
     self, ADDRESSES_MAX, Farewell, Greeting, HINTS_MAX, Hello, PeerHint, Refusal, Reply, Request, Service,
 };
 
 use super::{Asked, Driver, RECHECK, unreachable};
-use crate::control::address::{data_addresses, ip_of, is_public, is_relayed, peer_of, readable};
+use crate::control::address::{data_addresses, ip_of, is_public, is_relayed, node_of, peer_of, readable};
 use crate::control::behaviour::AGENT;
 use crate::control::meetings::{Member, REFUSED_STAYS};
 use crate::control::shared::{lock, unix_now};
+use crate::control::table::{Origin, has_room};
 use crate::control::{ControlError, Path, PeerEvent, PeerRecord};
+use crate::neighbourhood::Neighbourhood;
 
 impl Driver {
     pub(super) fn own_hello(&self) -> Hello {
@@ -63,6 +66,10 @@ impl Driver {
                 });
             }
         };
+        if self.is_crowded_out(node, &hello) {
+            self.turn_away(node, now);
+            return Reply::Refused(Refusal::Busy);
+        }
         match self.accept(node, connection, &hello, now) {
             Ok(()) => {
                 let greeting = Greeting {
@@ -110,7 +117,7 @@ impl Driver {
             }
             self.shared.forget(node, "it has restarted".into());
         }
-        let seen = meeting.seen;
+        let (seen, institution) = (meeting.seen, admitted.institution);
         let relayed = meeting.connections.values().all(|relayed| *relayed);
         let rtt = lock(&self.shared.peers).get(&node).and_then(|record| record.rtt);
         let record = PeerRecord {
@@ -137,9 +144,7 @@ impl Driver {
         let addresses = readable(&hello.control_addresses);
         if let Some(peer) = peer_of(node) {
             self.open_doors(peer, seen);
-            for address in &addresses {
-                self.swarm.behaviour_mut().kad.add_address(&peer, address.clone());
-            }
+            self.enter_table(&peer, &addresses, (seen, institution));
         }
         self.meetings.remember(node, addresses);
         Ok(())
@@ -238,12 +243,56 @@ impl Driver {
     }
 
     /// A member is heard by gossip, routing and probing, which are deaf to strangers.
-    fn open_doors(&mut self, peer: PeerId, seen: Option<std::net::IpAddr>) {
+    fn open_doors(&mut self, peer: PeerId, seen: Option<IpAddr>) {
         let behaviour = self.swarm.behaviour_mut();
         behaviour.crowd.0.admit(peer, seen);
         behaviour.gossip.admit(peer);
         behaviour.kad.admit(peer);
         behaviour.prober.admit(peer);
+    }
+
+    /// Whether the institution of one who comes has its share here while room is scarce for others.
+    fn is_crowded_out(&self, node: NodeId, hello: &Hello) -> bool {
+        let members = self.meetings.members();
+        if self.meetings.member(node).is_some() || members < self.connections_max / 4 * 3 {
+            return false;
+        }
+        let Ok(admitted) = self.gate.admit(node, &hello.credentials) else {
+            return false;
+        };
+        self.meetings.of_institution(admitted.institution) >= self.connections_max / 4
+    }
+
+    /// Enters a member into the routing table, where its network and its institution have room in its bucket.
+    fn enter_table(
+        &mut self,
+        peer: &PeerId,
+        addresses: &[Multiaddr],
+        (seen, institution): (Option<IpAddr>, InstitutionId),
+    ) {
+        let public = |seen: Option<IpAddr>| seen.filter(|ip| is_public(*ip)).map(|ip| Neighbourhood::of(Some(ip)));
+        let kad = &mut self.swarm.behaviour_mut().kad;
+        let others: Vec<NodeId> = kad.kbucket(*peer).map_or_else(Vec::new, |bucket| {
+            let others = bucket
+                .iter()
+                .map(|entry| *entry.node.key.preimage())
+                .filter(|other| other != peer);
+            others.filter_map(|other| node_of(&other)).collect()
+        });
+        let known = lock(&self.shared.peers);
+        let origin = |node: &NodeId| {
+            let seen = self.meetings.present.get(node).and_then(|meeting| meeting.seen);
+            let institution = known.get(node).map(|record| record.institution);
+            (public(seen), institution.unwrap_or_default())
+        };
+        let bucket: Vec<Origin> = others.iter().map(origin).collect();
+        drop(known);
+        let kad = &mut self.swarm.behaviour_mut().kad;
+        if has_room(&bucket, &(public(seen), institution)) {
+            for address in addresses {
+                kad.add_address(peer, address.clone());
+            }
+        }
     }
 
     fn close_doors(&mut self, peer: &PeerId) {

@@ -91,6 +91,7 @@ pub(super) async fn start(
     let streams = swarm.behaviour().streams.new_control();
     let driver = Driver {
         peers_target: config.peers_target,
+        connections_max: config.connections_max as usize,
         // Without random numbers a restart is noticed only when the old connections end.
         instance: getrandom::u64().unwrap_or(0),
         swarm,
@@ -162,6 +163,7 @@ enum Asked {
 
 struct Driver {
     peers_target: usize,
+    connections_max: usize,
     instance: u64,
     swarm: Swarm<Behaviour>,
     gate: Arc<dyn Gate>,

@@ -1,0 +1,104 @@
+//! Many real daemons on one machine: they find each other, and it is measured what that costs each of them.
+//!
+//! `POLDER_DAEMONS=200` makes it as large as a federation's first year.
+
+mod support;
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use support::{Node, invite, wait_for};
+
+/// Daemons of the smallest run.
+const DAEMONS: usize = 12;
+
+/// How long traffic is counted.
+const COUNTED: Duration = Duration::from_secs(30);
+
+const IDLE: &str = "train = false\nserve = false\nthreads = 1\n";
+
+#[test]
+fn many_idle_daemons_find_each_other_at_a_bounded_cost() {
+    let count: usize = std::env::var("POLDER_DAEMONS")
+        .ok()
+        .map_or(DAEMONS, |count| count.parse().unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let mut nodes = support::federation(folder.path(), "Leiden", &[("gateway", IDLE)]);
+    let began = Instant::now();
+    for number in 1..count {
+        let mut node = Node::prepare(folder.path(), &format!("node-{number}"), IDLE);
+        node.start(&[&invite(&nodes[0], "Leiden")]);
+        nodes.push(node);
+    }
+    let started = began.elapsed();
+    // Each dials until it has forty-eight; the others come by themselves.
+    let enough = (count - 1).min(40);
+    let peers = |node: &Node| -> usize {
+        let status = node.try_verb(&["status"]).unwrap_or_default();
+        let present = status["peers"]
+            .as_array()
+            .map_or(0, |peers| peers.iter().filter(|peer| peer["path"] != "lost").count());
+        present
+    };
+    for node in &nodes {
+        wait_for("enough peers", Duration::from_secs(120), || {
+            (peers(node) >= enough).then_some(())
+        });
+    }
+    let found = began.elapsed();
+    let (bytes, packets) = loopback();
+    let cpu: f64 = nodes.iter().map(|node| cpu_seconds(node.process())).sum();
+    std::thread::sleep(COUNTED);
+    let (bytes_after, packets_after) = loopback();
+    let cpu_after: f64 = nodes.iter().map(|node| cpu_seconds(node.process())).sum();
+    let each = |value: u64| value as f64 / count as f64 / COUNTED.as_secs_f64();
+    let mut memory: Vec<u64> = nodes.iter().map(|node| resident_kib(node.process())).collect();
+    memory.sort_unstable();
+    println!(
+        "{count} daemons: started one after another in {:.0} s; each has {enough} peers or more after {:.0} s",
+        started.as_secs_f64(),
+        found.as_secs_f64()
+    );
+    println!(
+        "per daemon and second: {:.0} bytes in {:.1} packets on loopback, headers and both planes included; {:.1} ms of CPU",
+        each(bytes_after - bytes),
+        each(packets_after - packets),
+        (cpu_after - cpu) / count as f64 / COUNTED.as_secs_f64() * 1e3
+    );
+    println!(
+        "memory per daemon: {} MiB in the middle, {} MiB at most",
+        memory[count / 2] / 1024,
+        memory[count - 1] / 1024
+    );
+    assert!(each(bytes_after - bytes) < 64e3, "too much talk");
+    assert!(memory[count / 2] < 256 << 10, "too much memory");
+    for node in &nodes {
+        assert!(!node.log().contains("panicked"), "{}", node.last_words());
+    }
+}
+
+/// Bytes and packets that have gone through the loopback interface.
+fn loopback() -> (u64, u64) {
+    let devices = fs::read_to_string("/proc/net/dev").unwrap_or_default();
+    let line = devices.lines().find_map(|line| line.trim_start().strip_prefix("lo:"));
+    let mut numbers = line
+        .unwrap_or_default()
+        .split_whitespace()
+        .filter_map(|word| word.parse().ok());
+    (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default())
+}
+
+/// Processor time of a process so far, in ticks of 10 ms.
+fn cpu_seconds(process: u32) -> f64 {
+    let text = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    let after_name = text.rsplit(')').next().unwrap_or_default();
+    let ticks = after_name.split_whitespace().skip(11).take(2);
+    ticks.filter_map(|word| word.parse::<f64>().ok()).sum::<f64>() / 100.0
+}
+
+fn resident_kib(process: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|text| text.split_whitespace().next()?.parse().ok())
+        .unwrap_or_default()
+}
