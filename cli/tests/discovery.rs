@@ -35,10 +35,9 @@ fn many_idle_daemons_find_each_other_at_a_bounded_cost() {
     let enough = (count - 1).min(40);
     let peers = |node: &Node| -> usize {
         let status = node.try_verb(&["status"]).unwrap_or_default();
-        let present = status["peers"]
+        status["peers"]
             .as_array()
-            .map_or(0, |peers| peers.iter().filter(|peer| peer["path"] != "lost").count());
-        present
+            .map_or(0, |peers| peers.iter().filter(|peer| peer["path"] != "lost").count())
     };
     for node in &nodes {
         wait_for("enough peers", Duration::from_secs(120), || {
