@@ -5,6 +5,8 @@
 //! disguise, and an integrated GPU reads weights from the same memory, where the CPU keeps them packed.
 
 #[cfg(feature = "gpu")]
+pub mod cube;
+#[cfg(feature = "gpu")]
 mod graphics;
 pub(crate) mod memory;
 
@@ -132,6 +134,12 @@ impl Device {
             return graphics.has_room(bytes);
         }
         bytes <= TOO_LARGE
+    }
+
+    /// Whether a graphics driver computes.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn has_graphics(&self) -> bool {
+        self.graphics.is_some()
     }
 
     /// What tensors are made on.

@@ -8,6 +8,8 @@
 
 mod activations;
 mod blocks;
+#[cfg(feature = "gpu")]
+mod device_blocks;
 mod dot;
 mod interleaved;
 #[cfg(target_arch = "x86_64")]
@@ -22,6 +24,8 @@ mod packed_type;
 mod simd;
 mod widen;
 
+#[cfg(feature = "gpu")]
+pub use device_blocks::DeviceBlocks;
 pub use matrix::{PackedBytes, PackedMatrix, Product};
 pub use narrow::narrow;
 pub use packed_type::PackedType;

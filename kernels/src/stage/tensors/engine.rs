@@ -6,6 +6,8 @@ use polder_protocol::layout::BlockRange;
 
 use super::Shape;
 use super::attention::{Cache, POSITIONS_STEP, Positions, attend};
+#[cfg(feature = "gpu")]
+use super::packed::{Packed, PackedCache};
 use super::weight::Weight;
 use crate::device::Device;
 use crate::stage::cpu::{Dense, GroupedWeights, LoadedMixer, LoadedNorm, LoadedSublayer, Matrix, MlpWeights};
@@ -26,6 +28,10 @@ pub(in crate::stage) struct Engine {
     embedding: Option<Matrix>,
     blocks: Vec<Block>,
     head: Option<Head>,
+    /// In place of blocks and head, where our own kernels compute.
+    #[cfg(feature = "gpu")]
+    packed: Option<Packed>,
+    block_count: usize,
     bytes: u64,
 }
 
@@ -50,10 +56,17 @@ struct Head {
 
 /// Keys and values of one session, block by block.
 #[derive(Debug)]
-pub(in crate::stage) struct Sequence(Vec<Cache>);
+pub(in crate::stage) struct Sequence(Caches);
+
+#[derive(Debug)]
+enum Caches {
+    Tensors(Vec<Cache>),
+    #[cfg(feature = "gpu")]
+    Packed(Vec<PackedCache>),
+}
 
 impl Engine {
-    /// Widens weights and brings them to the device.
+    /// Brings weights to the device: packed where our own kernels multiply all of them, else widened.
     pub(in crate::stage) fn upload(
         shape: Shape,
         range: BlockRange,
@@ -65,6 +78,24 @@ impl Engine {
         let projection = head.and_then(|head| head.projection.as_ref().or(embedding));
         let blocks = weights.blocks.iter().map(|block| Parts::of(block));
         let blocks = blocks.collect::<Result<Vec<_>, _>>()?;
+        #[cfg(feature = "gpu")]
+        {
+            let both = head.and_then(|head| Some((&head.norm, projection?)));
+            if let Some(packed) = Packed::upload(&blocks, both, device)? {
+                let engine = Self {
+                    shape,
+                    device: device.clone(),
+                    block_count: blocks.len(),
+                    bytes: packed.bytes(),
+                    blocks: Vec::new(),
+                    head: None,
+                    packed: Some(packed),
+                    embedding: weights.embedding.filter(|_| range.has_embedding()),
+                };
+                engine.wait()?;
+                return Ok(engine);
+            }
+        }
         let matrices = blocks.iter().flat_map(|block| block.matrices()).chain(projection);
         let bytes = matrices
             .map(|matrix| matrix.rows() as u64 * matrix.cols() as u64 * 4)
@@ -86,8 +117,11 @@ impl Engine {
         let engine = Self {
             shape,
             device: device.clone(),
+            block_count: weights.blocks.len(),
             blocks: blocks.collect::<Result<_, _>>()?,
             head,
+            #[cfg(feature = "gpu")]
+            packed: None,
             bytes,
             embedding: weights.embedding.filter(|_| range.has_embedding()),
         };
@@ -102,7 +136,7 @@ impl Engine {
     /// Bytes that a session of so many positions takes.
     pub(in crate::stage) fn sequence_bytes(&self, capacity: u64) -> u64 {
         let width = (self.shape.kv_heads * self.shape.head_dim) as u64;
-        capacity.next_multiple_of(POSITIONS_STEP as u64) * self.blocks.len() as u64 * width * 2 * 4
+        capacity.next_multiple_of(POSITIONS_STEP as u64) * self.block_count as u64 * width * 2 * 4
     }
 
     /// Room for `capacity` positions, which take `bytes`.
@@ -123,7 +157,14 @@ impl Engine {
         }
         let device = self.device.tensors();
         let blocks = self.blocks.iter();
-        let sequence = Sequence(blocks.map(|_| Cache::new(&self.shape, capacity, device)).collect());
+        #[cfg(feature = "gpu")]
+        if let Some(packed) = &self.packed {
+            let sequence = Sequence(Caches::Packed(packed.caches(&self.shape, capacity)));
+            self.wait()?;
+            return Ok(sequence);
+        }
+        let caches = blocks.map(|_| Cache::new(&self.shape, capacity, device));
+        let sequence = Sequence(Caches::Tensors(caches.collect()));
         self.wait()?;
         Ok(sequence)
     }
@@ -142,6 +183,22 @@ impl Engine {
             Input::Tokens(tokens) => self.embed(tokens),
         };
         let n = x.len() / hidden;
+        #[cfg(feature = "gpu")]
+        if let (Some(packed), Caches::Packed(caches)) = (&self.packed, &sequence.0) {
+            let with_logits = packed.has_head() && want != Want::Hidden;
+            let (mut out, mut done) = (Vec::new(), 0);
+            while done < n {
+                let rows = self.chunk(position + done, with_logits).min(n - done);
+                let part = &x[done * hidden..][..rows * hidden];
+                let last = done + rows == n;
+                out.extend(packed.forward(&self.shape, caches, position + done, part, want, last)?);
+                done += rows;
+            }
+            return Ok(match with_logits {
+                true => Output::Logits(out),
+                false => Output::Hidden(out),
+            });
+        }
         let head = self.head.as_ref().filter(|_| want != Want::Hidden);
         let mut out = Vec::new();
         let mut done = 0;
@@ -193,7 +250,12 @@ impl Engine {
         let shape = &self.shape;
         let range = position..position + x.dims()[0];
         let positions = Positions::new(&shape.frequencies, range, self.device.tensors());
-        for (block, cache) in self.blocks.iter().zip(&mut sequence.0) {
+        let caches = match &mut sequence.0 {
+            Caches::Tensors(caches) => caches,
+            #[cfg(feature = "gpu")]
+            Caches::Packed(_) => return Err(failed("a cache of another kind")),
+        };
+        for (block, cache) in self.blocks.iter().zip(caches) {
             let normed = rms_norm(x.clone(), &block.attention_norm, shape.epsilon);
             let projected = [&block.q, &block.k, &block.v].map(|weight| weight.multiply(&normed));
             let mixed = attend(shape, &positions, cache, projected)?;
@@ -216,12 +278,12 @@ impl Engine {
 }
 
 /// A block's two sublayers, as a plain Llama has them.
-struct Parts<'a> {
-    attention_norm: &'a LoadedNorm,
-    attention: &'a GroupedWeights,
-    mlp_norm: &'a LoadedNorm,
-    gate: &'a Dense,
-    mlp: &'a MlpWeights,
+pub(super) struct Parts<'a> {
+    pub(super) attention_norm: &'a LoadedNorm,
+    pub(super) attention: &'a GroupedWeights,
+    pub(super) mlp_norm: &'a LoadedNorm,
+    pub(super) gate: &'a Dense,
+    pub(super) mlp: &'a MlpWeights,
 }
 
 impl<'a> Parts<'a> {
@@ -244,7 +306,7 @@ impl<'a> Parts<'a> {
         })
     }
 
-    fn matrices(&self) -> [&'a Matrix; 7] {
+    pub(super) fn matrices(&self) -> [&'a Matrix; 7] {
         let GroupedWeights { q, k, v, o, .. } = self.attention;
         [q, k, v, o, self.gate, &self.mlp.up, &self.mlp.down].map(|dense| &dense.weight)
     }

@@ -1,0 +1,358 @@
+//! Our own kernels for graphics devices, against the loops of `polder-reference` and against the CPU's twins.
+//!
+//! They need the feature `gpu` and a device; a software rasteriser such as lavapipe will do. Without one they say so, and
+//! fail where `POLDER_GPU_REQUIRED` is set.
+#![cfg(feature = "gpu")]
+
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use polder_kernels::device::cube::{AdamWStep, AttentionShape, Cost, Cubes};
+use polder_kernels::device::{Choice, Device};
+use polder_kernels::quant::{PackedMatrix, PackedType, narrow};
+use polder_protocol::codec::{ErrorFeedback, Form, HEADER_BYTES, Header};
+use polder_protocol::hash::{Digest, RunId};
+use polder_protocol::layout::{Part, PartLayout, TensorLayout};
+use polder_reference::{AdamW, Rope, adamw, attention, frequencies, matmul, rms_norm, rotate, swiglu};
+
+#[test]
+fn a_sum_is_normalised_as_by_the_reference() {
+    with_kernels(|cubes| {
+        for (rows, cols) in [(1, 1), (1, 576), (3, 63), (7, 65), (2, 1_000), (70_000, 2)] {
+            let (x, added, gain) = (numbers(rows * cols, 1), numbers(rows * cols, 2), numbers(cols, 3));
+            for adds in [false, true] {
+                let on_device = cubes.upload(&x);
+                let other = cubes.upload(&added);
+                let normed = cubes
+                    .add_and_normalise(&on_device, adds.then_some(&other), &cubes.upload(&gain), 1e-5)
+                    .unwrap();
+                let sum: Vec<f32> = match adds {
+                    true => x.iter().zip(&added).map(|(x, added)| x + added).collect(),
+                    false => x.clone(),
+                };
+                let mut right = vec![0.0; rows * cols];
+                rms_norm(&mut right, &sum, &gain, 1e-5);
+                assert_eq!(cubes.read(&on_device).unwrap(), sum);
+                near(&cubes.read(&normed).unwrap(), &right, 1e-5, &format!("{rows} x {cols}"));
+                told("add and normalise", Cost::add_and_normalise(rows, cols, adds));
+            }
+        }
+        let three = cubes.upload(&[1.0; 3]);
+        assert!(
+            cubes
+                .add_and_normalise(&three, None, &cubes.upload(&[1.0; 2]), 1e-5)
+                .is_err()
+        );
+        assert!(
+            cubes
+                .add_and_normalise(&three, Some(&cubes.upload(&[1.0])), &three, 1e-5)
+                .is_err()
+        );
+    });
+}
+
+#[test]
+fn heads_are_rotated_as_by_the_reference() {
+    with_kernels(|cubes| {
+        for (n, heads, head_dim) in [(1, 1, 2), (5, 3, 6), (9, 9, 64), (65, 2, 128)] {
+            let x = numbers(n * heads * head_dim, 4);
+            let frequencies = frequencies(Rope::Default, 1e4, head_dim);
+            let mut right = x.clone();
+            let (mut cosines, mut sines) = (Vec::new(), Vec::new());
+            for (position, heads) in right.chunks_exact_mut(heads * head_dim).enumerate() {
+                for head in heads.chunks_exact_mut(head_dim) {
+                    rotate(head, position, &frequencies);
+                }
+                let angles = frequencies.radians.iter().map(|radians| position as f32 * radians);
+                cosines.extend(angles.clone().map(f32::cos));
+                sines.extend(angles.map(f32::sin));
+            }
+            let on_device = cubes.upload(&x);
+            let (cosines, sines) = (cubes.upload(&cosines), cubes.upload(&sines));
+            cubes.rotate(&on_device, &cosines, &sines, heads, head_dim).unwrap();
+            near(
+                &cubes.read(&on_device).unwrap(),
+                &right,
+                1e-5,
+                &format!("{n} x {heads} x {head_dim}"),
+            );
+            told("rotate", Cost::rotate(n, heads, head_dim));
+            assert!(cubes.rotate(&on_device, &cosines, &sines, heads + 1, head_dim).is_err());
+        }
+    });
+}
+
+#[test]
+fn gates_are_those_of_the_reference() {
+    with_kernels(|cubes| {
+        for count in [1, 63, 64, 65, 1_536, 70_001] {
+            let (gate, up) = (numbers(count, 5), numbers(count, 6));
+            let out = cubes.gate(&cubes.upload(&gate), &cubes.upload(&up)).unwrap();
+            let mut right = vec![0.0; count];
+            swiglu(&mut right, &gate, &up);
+            near(&cubes.read(&out).unwrap(), &right, 1e-6, &count.to_string());
+            told("gate", Cost::gate(count));
+        }
+        assert!(cubes.gate(&cubes.upload(&[1.0]), &cubes.upload(&[1.0; 2])).is_err());
+    });
+}
+
+#[test]
+fn optimiser_steps_are_those_of_the_reference() {
+    with_kernels(|cubes| {
+        for count in [1, 65, 4_097] {
+            let set = AdamW {
+                learning_rate: 0.01,
+                beta_1: 0.9,
+                beta_2: 0.95,
+                epsilon: 1e-8,
+                weight_decay: 0.1,
+            };
+            let (mut p, mut m, mut v) = (numbers(count, 7), vec![0.0; count], vec![0.0; count]);
+            let [on_p, on_m, on_v] = [&p, &m, &v].map(|values| cubes.upload(values));
+            for step in 1..=3 {
+                let gradient = numbers(count, 8 + step);
+                let scaled: Vec<f32> = gradient.iter().map(|g| g * 0.5).collect();
+                adamw(&set, step.into(), &mut p, &scaled, &mut m, &mut v);
+                let step = AdamWStep {
+                    learning_rate: set.learning_rate,
+                    beta_1: set.beta_1,
+                    beta_2: set.beta_2,
+                    epsilon: set.epsilon,
+                    weight_decay: set.weight_decay,
+                    gradient_scale: 0.5,
+                    step,
+                };
+                cubes
+                    .adamw(&on_p, &cubes.upload(&gradient), &on_m, &on_v, step)
+                    .unwrap();
+            }
+            for (on_device, right) in [(&on_p, &p), (&on_m, &m), (&on_v, &v)] {
+                near(&cubes.read(on_device).unwrap(), right, 1e-5, &count.to_string());
+            }
+            told("adamw", Cost::adamw(count));
+        }
+    });
+}
+
+#[test]
+fn attention_is_that_of_the_reference() {
+    with_kernels(|cubes| {
+        // Positions before the queries, queries, heads, key-value heads, width of a head.
+        for (position, queries, heads, kv_heads, head_dim) in [
+            (0, 1, 1, 1, 1),
+            (0, 5, 3, 1, 6),
+            (63, 1, 9, 3, 64),
+            (64, 2, 4, 4, 65),
+            (130, 3, 6, 2, 80),
+            (7, 70, 2, 1, 16),
+        ] {
+            let (all, width) = (position + queries, kv_heads * head_dim);
+            let q = numbers(queries * heads * head_dim, 20);
+            let (k, v) = (numbers(all * width, 21), numbers(all * width, 22));
+            let mut right = vec![0.0; q.len()];
+            attention(&mut right, &q, &k, &v, heads, kv_heads, head_dim);
+            let caches = [&k, &v].map(|rows| {
+                // What lies beyond the positions must not be read.
+                let cache = cubes.upload(&vec![f32::NAN; (all + 3) * width]);
+                let (before, new) = rows.split_at(position * width);
+                cubes.append(&cubes.upload(before), &cache, 0, width).unwrap();
+                cubes.append(&cubes.upload(new), &cache, position, width).unwrap();
+                assert!(cubes.append(&cubes.upload(new), &cache, all + 3, width).is_err());
+                cache
+            });
+            let shape = AttentionShape {
+                heads,
+                kv_heads,
+                head_dim,
+            };
+            let on_device = cubes.upload(&q);
+            let out = cubes
+                .attend(shape, &on_device, &caches[0], &caches[1], position)
+                .unwrap();
+            near(
+                &cubes.read(&out).unwrap(),
+                &right,
+                1e-5,
+                &format!("{position} {shape:?}"),
+            );
+            told("attend", Cost::attend(shape, queries, position));
+            assert!(
+                cubes
+                    .attend(shape, &on_device, &caches[0], &caches[1], all + 9)
+                    .is_err()
+            );
+            let wrong = AttentionShape {
+                kv_heads: heads + 1,
+                ..shape
+            };
+            assert!(cubes.attend(wrong, &on_device, &caches[0], &caches[1], 0).is_err());
+        }
+    });
+}
+
+#[test]
+fn packed_products_are_those_of_the_widened_weights() {
+    with_kernels(|cubes| {
+        for ty in PackedType::ALL {
+            for (rows, blocks, n) in [(1, 1, 1), (5, 3, 1), (130, 18, 1), (3, 2, 7), (9, 3, 17)] {
+                let cols = blocks * ty.block_elements();
+                let weight = numbers(rows * cols, 30);
+                let Ok(bytes) = narrow(ty, &weight) else {
+                    println!("skipped: nothing packs {ty}");
+                    continue;
+                };
+                let matrix = PackedMatrix::new(ty, rows, cols, bytes.into()).unwrap();
+                let on_device = match cubes.upload_packed(&matrix) {
+                    Ok(on_device) => on_device,
+                    Err(error) => {
+                        assert!(ty.is_float() || ty == PackedType::Q2K, "{error}");
+                        continue;
+                    }
+                };
+                let x = numbers(n * cols, 31);
+                let mut right = vec![0.0; n * rows];
+                matmul(&mut right, &x, &matrix.widen(), cols);
+                let out = cubes.multiply(&cubes.upload(&x), &on_device).unwrap();
+                near(
+                    &cubes.read(&out).unwrap(),
+                    &right,
+                    2e-5,
+                    &format!("{ty} {rows} x {cols} x {n}"),
+                );
+                told("multiply", Cost::multiply(&on_device, n));
+                if n == 17 {
+                    println!(
+                        "{ty}: {:.2} bits an element on the device",
+                        8.0 * on_device.bytes() as f64 / (rows * cols) as f64
+                    );
+                }
+                assert!(cubes.multiply(&cubes.upload(&x[1..]), &on_device).is_err());
+            }
+        }
+    });
+}
+
+#[test]
+fn bytes_are_those_of_the_wire_but_for_the_last_bit_of_a_scale() {
+    with_kernels(|cubes| {
+        for count in [1, 3, 255, 256, 257, 4_099] {
+            let mut x = numbers(count, 40);
+            x[count / 2] *= 1e-6;
+            let quantised = cubes.quantise(&cubes.upload(&x)).unwrap();
+            let bytes: Vec<i8> = cubes
+                .read_words(&quantised.bytes)
+                .unwrap()
+                .iter()
+                .flat_map(|word| word.to_le_bytes().map(|byte| byte as i8))
+                .collect();
+            let scales = cubes.read(&quantised.scales).unwrap();
+            let back = cubes.read(&cubes.dequantise(&quantised)).unwrap();
+            for (block, values) in x.chunks(256).enumerate() {
+                let right = values.iter().fold(0.0f32, |max, value| max.max(value.abs())) / 127.0;
+                assert!((scales[block] - right).abs() <= right * 3e-7, "{count}");
+                for (i, value) in values.iter().enumerate() {
+                    let at = block * 256 + i;
+                    let exact = value / right;
+                    // The codec's byte, or its neighbour where the quotient is within a rounding of a half.
+                    let error = (f32::from(bytes[at]) - exact).abs();
+                    assert!(error <= 0.5 + 1e-4, "{count}, {at}: {} for {exact}", bytes[at]);
+                    assert!((back[at] - f32::from(bytes[at]) * scales[block]).abs() < 1e-6);
+                }
+            }
+            assert!(bytes[count..].iter().all(|byte| *byte == 0), "padding");
+            told("quantise", Cost::quantise(count));
+            told("dequantise", Cost::dequantise(count));
+        }
+        let zeros = cubes.quantise(&cubes.upload(&[0.0; 300])).unwrap();
+        assert_eq!(cubes.read(&cubes.dequantise(&zeros)).unwrap(), [0.0; 300]);
+    });
+}
+
+#[test]
+fn sparse_frames_and_what_is_owed_are_those_of_the_codec() {
+    with_kernels(|cubes| {
+        for count in [1, 63, 65, 4_095, 4_096, 4_097, 20_000] {
+            let mut values = numbers(count, 50);
+            if count > 4_000 {
+                // Ties: of the same magnitude the first is kept.
+                values[100..300].fill(1.75);
+                values[300..400].fill(-1.75);
+            }
+            let layout = PartLayout {
+                tensors: vec![TensorLayout {
+                    name: "w".to_owned(),
+                    shape: vec![count as u32],
+                }],
+            };
+            let header = Header {
+                run: RunId([1; 32]),
+                round: 0,
+                replica: 0,
+                base: Digest([2; 32]),
+                part: Part(0),
+                form: Form::TopkQ2 { k: 64 },
+                tokens: 1,
+            };
+            let mut feedback = ErrorFeedback::new(0.0, count);
+            let frame = feedback.encode(&header, &layout, &values).unwrap();
+            let on_device = cubes.upload(&values);
+            let body = cubes.encode_sparsely(&on_device).unwrap();
+            assert!(body == frame[HEADER_BYTES..], "{count}");
+            let owed = cubes.read(&on_device).unwrap();
+            assert!(owed == feedback.error(), "{count}");
+            told("encode sparsely", Cost::encode_sparsely(count));
+        }
+    });
+}
+
+/// One device is computed on at a time: a driver that compiles for several threads is only slower.
+static TURN: Mutex<()> = Mutex::new(());
+
+fn with_kernels(test: impl Fn(&Cubes)) {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let device = DEVICE.get_or_init(|| {
+        let (device, reason) = Device::choose(Choice::Wgpu);
+        match reason {
+            Some(reason) if std::env::var_os("POLDER_GPU_REQUIRED").is_some() => panic!("{reason}"),
+            Some(reason) => println!("skipped: {reason}"),
+            None => println!("device: {device}"),
+        }
+        device
+    });
+    match Cubes::of(device) {
+        Ok(cubes) => test(&cubes),
+        Err(error) => println!("skipped: {error}"),
+    }
+}
+
+/// Numbers from -2 to 2, the same in every run.
+fn numbers(count: usize, seed: u32) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        (state >> 8) as f32 / (1u32 << 22) as f32 - 2.0
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+fn near(found: &[f32], right: &[f32], tolerance: f32, what: &str) {
+    assert_eq!(found.len(), right.len(), "{what}");
+    let scale = right.iter().fold(1.0f32, |scale, value| scale.max(value.abs()));
+    for (i, (found, right)) in found.iter().zip(right).enumerate() {
+        assert!(
+            (found - right).abs() <= tolerance * scale,
+            "{what}, element {i}: {found} {right}"
+        );
+    }
+}
+
+fn told(what: &str, cost: Cost) {
+    assert!(cost.read > 0 && cost.written > 0 && cost.operations > 0);
+    println!(
+        "{what}: {} bytes read, {} written, {} operations",
+        cost.read, cost.written, cost.operations
+    );
+}
