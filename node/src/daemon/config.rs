@@ -35,6 +35,10 @@ pub struct Config {
     pub mdns: bool,
     /// Ask the router for port mappings.
     pub upnp: bool,
+    /// The most bytes per second that leave this node as blobs, to everybody together; 0 is no limit.
+    pub upload_bytes_per_second: u64,
+    /// The same, to the members of one institution.
+    pub upload_bytes_per_second_to_each_institution: u64,
     /// `auto`, `cpu` or `wgpu`.
     pub device: String,
     /// Threads of the worker on a CPU; 0 takes one per core.
@@ -67,6 +71,8 @@ impl Default for Config {
             proxy: String::new(),
             mdns: true,
             upnp: false,
+            upload_bytes_per_second: 0,
+            upload_bytes_per_second_to_each_institution: 0,
             device: "auto".into(),
             threads: 0,
             train: true,

@@ -37,7 +37,7 @@ pub use status::{
 
 use crate::contribute::{self, ContributeHandle};
 use crate::control::{self, ControlConfig, ControlError, ControlHandle, ProxyError};
-use crate::data::{BlobError, BlobStore, DataConfig, DataError, DataPlane};
+use crate::data::{BlobError, BlobStore, DataConfig, DataError, DataPlane, UploadCaps};
 use crate::device::{Device, Process};
 use crate::directory::{self, DirectoryHandle};
 use crate::enrol::EnrolError;
@@ -176,7 +176,13 @@ impl Daemon {
         let blobs = BlobStore::open(home.root())?;
         let book = Arc::new(LateBook::default());
         let data = DataPlane::start(
-            DataConfig::new(key.seed(), SocketAddr::new(config.listen, config.data_port)),
+            DataConfig {
+                upload: UploadCaps {
+                    all: config.upload_bytes_per_second,
+                    institution: config.upload_bytes_per_second_to_each_institution,
+                },
+                ..DataConfig::new(key.seed(), SocketAddr::new(config.listen, config.data_port))
+            },
             Arc::clone(&gate),
             Arc::clone(&book) as Arc<dyn AddressBook>,
             blobs,

@@ -104,11 +104,42 @@ impl FrameSender {
     }
 
     pub(super) async fn send_kind(&mut self, kind: u8, header: &[u8], payload: Bytes) -> Result<(), DataError> {
-        let peer = self.peer;
+        let front = self.front(kind, header, payload.len())?;
+        let total = front.len() + payload.len();
+        self.halfway = true;
+        let sent = self.stream.write_all_chunks(&mut [front, payload]).await;
+        sent.map_err(|error| unwritable(self.peer, error))?;
+        self.halfway = false;
+        self.counter.add_sent(total);
+        Ok(())
+    }
+
+    /// Sends the beginning of a frame, whose payload follows piece by piece with [`FrameSender::go_on`].
+    pub(super) async fn begin(&mut self, header: &[u8], payload_bytes: usize) -> Result<(), DataError> {
+        let front = self.front(KIND_DATA, header, payload_bytes)?;
+        self.halfway = true;
+        self.go_on(front).await
+    }
+
+    /// Sends a piece of the frame that was begun.
+    pub(super) async fn go_on(&mut self, piece: Bytes) -> Result<(), DataError> {
+        let bytes = piece.len();
+        let sent = self.stream.write_chunk(piece).await;
+        sent.map_err(|error| unwritable(self.peer, error))?;
+        self.counter.add_sent(bytes);
+        Ok(())
+    }
+
+    /// The frame that was begun has gone out whole.
+    pub(super) fn end(&mut self) {
+        self.halfway = false;
+    }
+
+    fn front(&self, kind: u8, header: &[u8], payload_bytes: usize) -> Result<Bytes, DataError> {
         if self.halfway {
-            return Err(DataError::DroppedHalfway { peer });
+            return Err(DataError::DroppedHalfway { peer: self.peer });
         }
-        let bytes = payload.len() as u64;
+        let bytes = payload_bytes as u64;
         if bytes > PAYLOAD_BYTES_MAX {
             return Err(DataError::TooLong {
                 what: "a payload",
@@ -124,13 +155,7 @@ impl FrameSender {
         let mut front = BytesMut::with_capacity(FRAME_BYTES + header.len());
         front.extend_from_slice(&frame.to_bytes());
         front.extend_from_slice(header);
-        let total = front.len() + payload.len();
-        self.halfway = true;
-        let sent = self.stream.write_all_chunks(&mut [front.freeze(), payload]).await;
-        sent.map_err(|error| unwritable(peer, error))?;
-        self.halfway = false;
-        self.counter.add_sent(total);
-        Ok(())
+        Ok(front.freeze())
     }
 }
 

@@ -53,6 +53,8 @@ pub(super) struct Link {
     pub(super) road: Road,
     /// Where the peer was when the connection began.
     pub(super) remote: SocketAddr,
+    /// Held while a chunk goes out: whole chunks, one after the other.
+    pub(super) sending: tokio::sync::Mutex<()>,
     instance: u64,
     credentials: Bytes,
 }
@@ -67,6 +69,7 @@ impl Link {
     ) -> Self {
         Self {
             remote: connection.remote_address(),
+            sending: tokio::sync::Mutex::default(),
             road,
             connection,
             admitted: greeted.admitted,

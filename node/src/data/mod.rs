@@ -5,6 +5,8 @@
 //! for, [`Class::Bulk`] for what is large, so that neither holds up the other.
 
 mod blobs;
+mod caps;
+mod congestion;
 mod detour;
 mod error;
 mod frames;
@@ -16,8 +18,10 @@ mod roads;
 mod settings;
 mod tls;
 mod traffic;
+mod windows;
 
 pub use blobs::{BlobError, BlobStore, Fetch, FetchError, Keep, Progress};
+pub use caps::UploadCaps;
 pub use detour::{Detour, TunnelStream};
 pub use error::{DataError, StreamEnd};
 pub use frames::{FrameReceiver, FrameSender};

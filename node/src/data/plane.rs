@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, UdpSocket};
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::blobs::{self, BlobStore, Fetches};
+use super::caps::{UploadCaps, Uploads};
 use super::detour::{Detour, STRAIGHT_FIRST};
 use super::error::{Closing, DataError, StreamEnd, lost};
 use super::frames::{FrameReceiver, FrameSender, KIND_OPENING};
@@ -55,6 +57,8 @@ pub(super) struct Inner {
     pub(super) blobs: BlobStore,
     pub(super) fetches: Fetches,
     pub(super) sending_chunks: Semaphore,
+    pub(super) chunks_asked: AtomicU32,
+    pub(super) uploads: Uploads,
     echoes: Semaphore,
     pub(super) links: Links,
     traffic: Traffic,
@@ -143,7 +147,7 @@ impl DataPlane {
         // Others in the process may have installed it already; libp2p enables a second provider, so rustls cannot
         // choose by itself.
         rustls::crypto::aws_lc_rs::default_provider().install_default().ok();
-        let address = config.listen;
+        let (address, upload) = (config.listen, config.upload);
         let listen = |error: std::io::Error| DataError::Listen {
             address,
             reason: error.to_string(),
@@ -176,6 +180,8 @@ impl DataPlane {
                 blobs,
                 fetches: Fetches::default(),
                 sending_chunks: Semaphore::new(blobs::SENDING_CHUNKS_MAX),
+                chunks_asked: AtomicU32::new(0),
+                uploads: Uploads::new(upload),
                 echoes: Semaphore::new(ECHOES_MAX),
                 links: Links::default(),
                 traffic: Traffic::default(),
@@ -186,6 +192,7 @@ impl DataPlane {
         };
         plane.spawn(Self::answer);
         plane.spawn(Self::recheck);
+        plane.spawn(Self::set_windows);
         Ok(plane)
     }
 
@@ -343,6 +350,11 @@ impl DataPlane {
             .filter(|traffic| counted(traffic))
             .map(|traffic| traffic.bytes_received)
             .sum()
+    }
+
+    /// Caps what goes out as blobs from now on.
+    pub fn set_upload_caps(&self, caps: UploadCaps) {
+        self.inner.uploads.set(caps);
     }
 
     /// Asks the gate about every connected peer now, after a revocation or a new charter. It also happens every minute.
@@ -665,7 +677,7 @@ impl DataPlane {
         let Some(taker) = taker else {
             match service {
                 Some(Service::Echo) => self.echo(sender, receiver).await,
-                Some(Service::Blob) => blobs::answer(self, &header, sender, receiver).await,
+                Some(Service::Blob) => blobs::answer(self, link, &header, sender, receiver).await,
                 Some(Service::Session | Service::Replica) | None => {
                     receiver.stop(StreamEnd::NotServed);
                     sender.break_off(StreamEnd::NotServed);

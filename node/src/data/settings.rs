@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polder_protocol::blob;
-use quinn::congestion::CubicConfig;
 use quinn::{IdleTimeout, TransportConfig, VarInt};
 use serde::{Deserialize, Serialize};
+
+use super::caps::UploadCaps;
+use super::congestion::{DeliveredConfig, keep_room};
 
 /// Which of the two connections of a pair of peers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -65,6 +67,8 @@ pub struct DataConfig {
     pub frame_stall_max: Duration,
     /// Hand the kernel many packets at once: three times as fast where it works, broken with some network cards.
     pub segmentation_offload: bool,
+    /// Caps of what goes out as blobs.
+    pub upload: UploadCaps,
     /// Bounds of each fetch.
     pub fetch: blob::Limits,
     /// A fetch ends when no source has sent or promised anything for so long.
@@ -84,10 +88,11 @@ impl DataConfig {
             opening_max: Duration::from_secs(10),
             frame_stall_max: Duration::from_secs(30),
             segmentation_offload: true,
+            upload: UploadCaps::default(),
             fetch: blob::Limits {
                 // With 8 fetches at once and 1 MiB chunks, at most 512 MiB are in flight.
                 sources_max: 16,
-                in_flight_max: 4,
+                in_flight_all_max: 64,
                 ..blob::Limits::default()
             },
             fetch_patience: Duration::from_secs(15),
@@ -147,6 +152,15 @@ pub(super) fn window_bytes(class: Class) -> u32 {
     }
 }
 
+/// What may be under way although no such rate was seen, as long as nothing is lost.
+fn floor_bytes(class: Class) -> u64 {
+    match class {
+        // One activation of 64 KiB to 1 MiB leaves at once instead of being paced over a round trip.
+        Class::Act => 1 << 20,
+        Class::Bulk => 32 << 10,
+    }
+}
+
 /// What a stranger may have under way before its greeting has been checked: the greeting.
 const STRANGER_WINDOW_BYTES: u32 = 256 << 10;
 
@@ -164,9 +178,14 @@ pub(super) fn transport(config: &DataConfig, class: Option<Class>) -> Arc<Transp
         // The window of a stream cannot change later; that of the connection can, and bounds it.
         None => (8 << 20, STRANGER_WINDOW_BYTES, 1),
     };
-    let mut congestion = CubicConfig::default();
-    // One activation of 64 KiB to 1 MiB leaves at once instead of being paced over a round trip.
-    congestion.initial_window(1 << 20);
+    let congestion = DeliveredConfig {
+        // More would overflow a home's uplink; the floor of a connection for activations is higher.
+        initial_bytes: 256 << 10,
+        floor_bytes: match class {
+            Some(class) => floor_bytes(class),
+            None => floor_bytes(Class::Bulk),
+        },
+    };
     let mut transport = TransportConfig::default();
     transport
         .stream_receive_window(VarInt::from_u32(stream_window))
@@ -188,4 +207,5 @@ pub(super) fn transport(config: &DataConfig, class: Option<Class>) -> Arc<Transp
 pub(super) fn welcome(connection: &quinn::Connection, class: Class) {
     connection.set_receive_window(VarInt::from_u32(window_bytes(class)));
     connection.set_max_concurrent_bi_streams(VarInt::from_u32(STREAMS_MAX));
+    keep_room(connection, floor_bytes(class));
 }

@@ -19,6 +19,11 @@ pub struct Limits {
     pub sources_max: usize,
     /// Requests in flight at one source.
     pub in_flight_max: usize,
+    /// Requests in flight at all sources together.
+    pub in_flight_all_max: usize,
+    /// A source is asked for what it sends in so long at its own pace, within `in_flight_max`, and for two chunks at
+    /// least: a fast one is kept busy, and of a slow one little has to be taken back.
+    pub ahead: Span,
     /// How long a chunk may take before others are asked for it, unless the source's own pace allows longer.
     pub patience: Span,
     /// A source that owes chunks and has sent no byte for so long is dropped.
@@ -32,8 +37,10 @@ impl Default for Limits {
         Self {
             // Beyond this many sources a fetch does not get faster, only its bookkeeping larger.
             sources_max: 64,
-            // 8 MiB in flight fill 1 Gbit/s at 64 ms.
-            in_flight_max: 8,
+            // 16 MiB in flight fill 1 Gbit/s at 128 ms.
+            in_flight_max: 16,
+            in_flight_all_max: 64,
+            ahead: Span::millis(800),
             // Twice what a chunk takes at 4 Mbit/s.
             patience: Span::seconds(4),
             // A lost packet costs less than a second, a phone's handover ten.
@@ -155,6 +162,31 @@ struct Source {
     pace: Option<Span>,
 }
 
+impl Source {
+    /// Which of the chunks that it owes comes so-and-so-many-th: sources send in the order in which they were asked.
+    fn place(&self, chunk: u32) -> usize {
+        let asked_at = self.owes.get(&chunk).copied();
+        let key = asked_at.map(|at| (at, chunk));
+        let before = self
+            .owes
+            .iter()
+            .filter(|(chunk, at)| key.is_some_and(|key| (**at, **chunk) < key));
+        before.count().saturating_add(1)
+    }
+
+    /// In how many microseconds it will have sent so many chunks, at its pace.
+    fn due(&self, now: Instant, chunks: usize) -> u64 {
+        let pace = self.pace.map_or(0, |pace| pace.0);
+        let chunks = u64::try_from(chunks).unwrap_or(u64::MAX);
+        // A source that is late with its next chunk is slower than it was.
+        let late = match (self.owes.is_empty(), self.arrived_at) {
+            (false, Some(arrived_at)) => (now - arrived_at).0.saturating_sub(pace),
+            _ => 0,
+        };
+        pace.max(late).saturating_mul(chunks)
+    }
+}
+
 impl Scheduler {
     /// A fetch of the chunks that are not in `have`. `seed` breaks ties; give every node its own.
     pub fn new(limits: Limits, seed: u64, have: ChunkSet) -> Self {
@@ -211,6 +243,12 @@ impl Scheduler {
                 });
                 due.chain([source.heard_at + self.limits.silence])
             })
+            // Near the end, whoever is late is looked for again and again.
+            .chain(
+                self.stepped_at
+                    .filter(|_| end_game && !self.copies.is_empty())
+                    .map(|at| at + self.limits.end_game),
+            )
             .filter(|at| self.stepped_at.is_none_or(|stepped_at| *at > stepped_at))
             .min()
     }
@@ -302,7 +340,10 @@ impl Scheduler {
                     None => took,
                 });
                 source.arrived_at = Some(now);
-                source.window = source.window.saturating_add(1).min(self.limits.in_flight_max);
+                let pace = source.pace.map_or(1, |pace| pace.0.max(1));
+                let ahead = usize::try_from(self.limits.ahead.0 / pace).unwrap_or(usize::MAX);
+                let most = ahead.max(2).min(self.limits.in_flight_max);
+                source.window = source.window.saturating_add(1).min(most);
             }
         }
         if !self.have.insert(chunk) {
@@ -411,6 +452,17 @@ impl Scheduler {
         while asked {
             asked = false;
             for id in &ids {
+                if self.copies.len() >= self.limits.in_flight_all_max {
+                    return;
+                }
+                if let Some((owner, chunk)) = self.steal(now, *id) {
+                    self.forget_request(owner, chunk);
+                    effects.push(Effect::Cancel { source: owner, chunk });
+                    self.request(now, *id, chunk);
+                    effects.push(Effect::Request { source: *id, chunk });
+                    asked = true;
+                    continue;
+                }
                 if let Some(chunk) = self.choose(now, *id) {
                     self.request(now, *id, chunk);
                     effects.push(Effect::Request { source: *id, chunk });
@@ -431,18 +483,45 @@ impl Scheduler {
         if !self.unasked.is_empty() {
             return None;
         }
-        // The end game: what has been owed longest, by one other source only.
+        // The end game: what has been owed longest, by one other source only, which would need longer for it.
+        let own = source.due(now, source.owes.len().saturating_add(1));
         self.sources
             .iter()
             .filter(|(other, _)| **other != id)
-            .flat_map(|(_, other)| other.owes.iter())
-            .filter(|(chunk, asked_at)| {
+            .flat_map(|(_, other)| other.owes.iter().map(move |owed| (other, owed)))
+            .filter(|(other, (chunk, asked_at))| {
                 source.has.contains(**chunk)
                     && self.copies.get(chunk) == Some(&1)
                     && now >= **asked_at + self.limits.end_game
+                    && other
+                        .pace
+                        .is_none_or(|_| other.due(now, other.place(**chunk)) >= own.saturating_mul(2))
             })
-            .min_by_key(|(chunk, asked_at)| (**asked_at, **chunk))
-            .map(|(chunk, _)| *chunk)
+            .min_by_key(|(_, (chunk, asked_at))| (**asked_at, **chunk))
+            .map(|(_, (chunk, _))| *chunk)
+    }
+
+    /// With nothing left to ask for: a chunk that another source has not begun to send, and that this one, which is
+    /// idle, would send in half the time. Nothing of it has been sent, so nothing is sent twice.
+    fn steal(&self, now: Instant, id: NodeId) -> Option<(NodeId, u32)> {
+        let source = self.sources.get(&id)?;
+        if !self.unasked.is_empty() || source.owes.len() >= source.window || source.pace.is_none() {
+            return None;
+        }
+        let own = source.due(now, source.owes.len().saturating_add(1));
+        self.sources
+            .iter()
+            .filter(|(other, owner)| **other != id && owner.owes.len() > 1 && owner.pace.is_some())
+            .filter_map(|(other, owner)| {
+                let last = owner.owes.iter().filter(|(chunk, _)| {
+                    source.has.contains(**chunk) && self.copies.get(chunk) == Some(&1) && owner.place(**chunk) > 1
+                });
+                let (chunk, _) = last.max_by_key(|(chunk, asked_at)| (**asked_at, **chunk))?;
+                Some((owner.due(now, owner.place(*chunk)), *other, *chunk))
+            })
+            .filter(|(due, ..)| *due > own.saturating_mul(2))
+            .max()
+            .map(|(_, other, chunk)| (other, chunk))
     }
 
     fn request(&mut self, now: Instant, id: NodeId, chunk: u32) {

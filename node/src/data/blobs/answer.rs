@@ -1,6 +1,7 @@
 //! Answers those who ask for blobs, also for blobs of which only some chunks are here yet.
 
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use polder_protocol::blob::ChunkSet;
@@ -9,8 +10,10 @@ use tokio::time::{sleep, timeout};
 
 use super::message::{Ask, Tell};
 use super::store::{BlobError, BlobStore};
+use crate::data::caps::SLICE_BYTES;
 use crate::data::error::{DataError, StreamEnd};
 use crate::data::frames::{FrameReceiver, FrameSender};
+use crate::data::links::Link;
 use crate::data::plane::DataPlane;
 
 /// Chunks held in memory for sending at once, over all peers: 128 MiB.
@@ -25,6 +28,7 @@ const TELL_EVERY: Duration = Duration::from_millis(100);
 /// Answers one stream.
 pub(in crate::data) async fn answer(
     plane: &DataPlane,
+    link: &Link,
     header: &[u8],
     mut sender: FrameSender,
     mut receiver: FrameReceiver,
@@ -37,7 +41,7 @@ pub(in crate::data) async fn answer(
                 _ = receiver.next() => Ok(()),
             }
         }
-        Ok(Ask::Chunk { blob, chunk }) => send_chunk(plane, blob, chunk, &mut sender).await,
+        Ok(Ask::Chunk { blob, chunk }) => send_chunk(plane, link, blob, chunk, &mut sender).await,
         Err(_) => {
             receiver.stop(StreamEnd::Malformed);
             sender.break_off(StreamEnd::Malformed);
@@ -82,7 +86,17 @@ async fn tell_has(plane: &DataPlane, blob: BlobId, sender: &mut FrameSender) -> 
     sender.send(&Tell::Has.to_bytes(), Bytes::from(has.to_bytes())).await
 }
 
-async fn send_chunk(plane: &DataPlane, blob: BlobId, chunk: u32, sender: &mut FrameSender) -> Result<(), DataError> {
+async fn send_chunk(
+    plane: &DataPlane,
+    link: &Link,
+    blob: BlobId,
+    chunk: u32,
+    sender: &mut FrameSender,
+) -> Result<(), DataError> {
+    // What was asked for first goes first: whole chunks come one after the other, and of those that are taken back
+    // nothing has been sent. After 2^30 chunks the order begins anew.
+    let asked = plane.inner.chunks_asked.fetch_add(1, Ordering::Relaxed) & 0x3fff_ffff;
+    sender.set_priority(-1 - i32::try_from(asked).unwrap_or_default());
     // The semaphore is never closed.
     let _permit = plane.inner.sending_chunks.acquire().await.ok();
     let store = plane.blobs().clone();
@@ -97,17 +111,37 @@ async fn send_chunk(plane: &DataPlane, blob: BlobId, chunk: u32, sender: &mut Fr
         }
     };
     let peer = sender.peer();
-    let sent = timeout(SENDING_MAX, async {
-        sender.send(&Tell::Chunk.to_bytes(), Bytes::from(bytes)).await?;
-        sender.finish();
-        // The permit stands for memory that quinn holds until the peer has acknowledged it.
-        sender.delivered().await
-    });
-    sent.await.unwrap_or(Err(DataError::Stalled {
+    let stalled = |_| DataError::Stalled {
         peer,
         what: "to take one chunk",
         after: SENDING_MAX,
-    }))
+    };
+    let mut body = Bytes::from(bytes);
+    // One after the other also where a cap makes them wait.
+    let turn = link.sending.lock().await;
+    let header = Tell::Chunk.to_bytes();
+    let started = sender.begin(&header, body.len());
+    timeout(SENDING_MAX, started).await.map_err(stalled)??;
+    let mut left = SENDING_MAX;
+    while !body.is_empty() {
+        let slice = body.split_to(body.len().min(SLICE_BYTES));
+        // What the caps make it wait is not the peer's fault.
+        sleep(
+            plane
+                .inner
+                .uploads
+                .take(Instant::now(), link.admitted.institution, slice.len()),
+        )
+        .await;
+        let began = Instant::now();
+        timeout(left, sender.go_on(slice)).await.map_err(stalled)??;
+        left = left.saturating_sub(began.elapsed());
+    }
+    drop(turn);
+    sender.end();
+    sender.finish();
+    // The permit stands for memory that quinn holds until the peer has acknowledged it.
+    timeout(left, sender.delivered()).await.map_err(stalled)?
 }
 
 /// Runs disk work where it may block.

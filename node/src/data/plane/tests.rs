@@ -14,6 +14,8 @@ use super::*;
 use crate::data::{FetchError, Keep};
 use crate::gate::Refused;
 
+mod many_sources;
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_frame_comes_back_from_the_echo() {
     let town = Town::new();

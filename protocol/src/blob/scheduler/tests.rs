@@ -8,6 +8,8 @@ const LIMITS: Limits = Limits {
     patience: Span::seconds(4),
     silence: Span::seconds(10),
     end_game: Span::millis(400),
+    in_flight_all_max: 64,
+    ahead: Span::seconds(1_000),
 };
 
 #[test]
@@ -141,6 +143,61 @@ fn in_the_end_game_an_idle_source_is_asked_for_what_another_owes() {
             Effect::Done
         ]
     );
+}
+
+#[test]
+fn an_idle_source_takes_over_what_a_slow_one_has_not_begun_and_nothing_comes_twice() {
+    // Ten chunks of two sources: one needs 10 ms for each, the other from its third on 3 s.
+    let mut scheduler = Scheduler::new(LIMITS, 1, ChunkSet::empty(40));
+    let mut effects = Vec::new();
+    join(&mut scheduler, 0, 1, ChunkSet::full(40), &mut effects);
+    join(&mut scheduler, 0, 2, ChunkSet::full(40), &mut effects);
+    let mut queues: [Vec<u32>; 3] = Default::default();
+    let mut sent = [0u64; 3];
+    let mut busy_until = [0u64; 3];
+    let (mut now, mut begun) = (0u64, 0);
+    let mut done_at = None;
+    while done_at.is_none() && now < 60_000_000 {
+        for effect in effects.drain(..) {
+            match effect {
+                Effect::Request { source, chunk } => queues[index_of(source)].push(chunk),
+                Effect::Cancel { source, chunk } => queues[index_of(source)].retain(|other| *other != chunk),
+                Effect::Done => done_at = Some(now),
+                Effect::Drop { .. } | Effect::Ban { .. } => panic!("{effect:?}"),
+            }
+        }
+        now += 1_000;
+        for source in [1, 2] {
+            let Some(chunk) = queues[source].first().copied() else {
+                busy_until[source] = 0;
+                continue;
+            };
+            if busy_until[source] == 0 {
+                let slow = source == 2 && sent[2] >= 2;
+                busy_until[source] = now + if slow { 3_000_000 } else { 10_000 };
+                begun += 1;
+            }
+            if busy_until[source] <= now {
+                queues[source].remove(0);
+                busy_until[source] = 0;
+                sent[source] += 1;
+                let input = Input::Arrived {
+                    source: node(source),
+                    chunk,
+                };
+                scheduler.step(Instant(now), input, &mut effects);
+            }
+        }
+        if scheduler.wake_at().is_some_and(|at| at <= Instant(now)) {
+            scheduler.step(Instant(now), Input::Wake, &mut effects);
+        }
+        for source in [1, 2] {
+            let progress = Input::Progress { source: node(source) };
+            scheduler.step(Instant(now), progress, &mut effects);
+        }
+    }
+    assert!(done_at.is_some_and(|at| at < 2_000_000), "{done_at:?}");
+    assert!(begun <= 41, "{begun} begun for 40 chunks");
 }
 
 #[test]
