@@ -76,6 +76,76 @@ fn many_idle_daemons_find_each_other_at_a_bounded_cost() {
     }
 }
 
+#[test]
+fn any_one_of_the_invites_doors_last_known_peers_and_a_listed_name_leads_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let [gateway, mut node] = <[Node; 2]>::try_from(support::federation(
+        folder.path(),
+        "Leiden",
+        &[("gateway", IDLE), ("node", IDLE)],
+    ))
+    .unwrap();
+    let met = |node: &Node| {
+        wait_for("the gateway", Duration::from_secs(60), || {
+            let status = node.try_verb(&["status"]).unwrap_or_default();
+            let peers = status["peers"].as_array()?;
+            peers.iter().any(|peer| peer["path"] == "direct").then_some(())
+        });
+    };
+    let (doors, index) = (
+        node.home.join("peers.json"),
+        polder_node::home::Home::open(&node.home).unwrap().index(),
+    );
+    let forget = |what: &std::path::Path| {
+        if what.is_dir() {
+            fs::remove_dir_all(what).unwrap();
+        } else if what.exists() {
+            fs::remove_file(what).unwrap();
+        }
+    };
+    met(&node);
+    // The doors of the invite alone.
+    node.leave();
+    forget(&index);
+    node.start(&[]);
+    met(&node);
+    // Whom it met last alone.
+    node.leave();
+    let kept = fs::read(&doors).unwrap();
+    forget(&doors);
+    node.start(&[]);
+    met(&node);
+    // A name in the configuration alone, which is looked up.
+    node.leave();
+    forget(&doors);
+    forget(&index);
+    let status = gateway.verb(&["status"]);
+    let addresses = status["control"].as_array().unwrap();
+    let port = addresses
+        .iter()
+        .find_map(|address| address.as_str()?.split("/tcp/").nth(1))
+        .unwrap();
+    let id = status["node"].as_str().unwrap();
+    let config = node.home.join("config.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(
+        &config,
+        format!("{text}bootstrap = [\"{id}@/dns4/localhost/tcp/{port}\"]\n"),
+    )
+    .unwrap();
+    node.start(&[]);
+    met(&node);
+    // And nothing of the three leads nowhere.
+    node.leave();
+    forget(&doors);
+    forget(&index);
+    fs::write(&config, text).unwrap();
+    node.start(&[]);
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(node.verb(&["status"])["peers"].as_array().unwrap().len(), 0);
+    fs::write(&doors, kept).unwrap();
+}
+
 /// Bytes and packets that have gone through the loopback interface.
 fn loopback() -> (u64, u64) {
     let devices = fs::read_to_string("/proc/net/dev").unwrap_or_default();

@@ -43,6 +43,11 @@ pub(super) fn multiaddresses(texts: &[String]) -> Result<Vec<Multiaddr>, Control
     texts.iter().map(parse).collect()
 }
 
+/// Whether a text is an address.
+pub(crate) fn is_multiaddress(text: &str) -> bool {
+    text.parse::<Multiaddr>().is_ok()
+}
+
 /// Reads addresses that a peer wrote, leaving out what is none.
 pub(super) fn readable(texts: &[String]) -> Vec<Multiaddr> {
     texts

@@ -32,7 +32,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::gate::{Admitted, Gate};
-pub(crate) use address::is_public;
+pub(crate) use address::{is_multiaddress, is_public};
 pub use handle::{ControlHandle, Tunnels};
 pub use ways::{Proxy, ProxyError};
 

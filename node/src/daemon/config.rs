@@ -4,11 +4,12 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+use polder_protocol::hash::NodeId;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::contribute::Contribute;
-use crate::control::{Proxy, ProxyError};
+use crate::control::{Proxy, ProxyError, is_multiaddress};
 
 /// Where a node listens, what it may use, what it does.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -31,6 +32,9 @@ pub struct Config {
     /// The HTTP proxy through which TCP leaves for public addresses, as `http://[user:password@]host:port`. Empty
     /// takes the one in `HTTPS_PROXY`; `none` takes none.
     pub proxy: String,
+    /// Members to begin with beside those of the invite and of the last time, as `NODE@MULTIADDR`. Names are looked up anew
+    /// at each dial, so a gateway may move.
+    pub bootstrap: Vec<String>,
     /// Find members on the local network by multicast DNS.
     pub mdns: bool,
     /// Ask the router for port mappings.
@@ -69,6 +73,7 @@ impl Default for Config {
             external_data: Vec::new(),
             listen_also: Vec::new(),
             proxy: String::new(),
+            bootstrap: Vec::new(),
             mdns: true,
             upnp: false,
             upload_bytes_per_second: 0,
@@ -107,6 +112,23 @@ pub enum ConfigError {
 }
 
 impl Config {
+    /// Nodes of [`Self::bootstrap`], each with its addresses.
+    ///
+    /// # Errors
+    ///
+    /// The entry that is none.
+    pub fn bootstrap(&self) -> Result<Vec<(NodeId, Vec<String>)>, String> {
+        let read = |entry: &String| {
+            let (node, address) = entry.split_once('@')?;
+            is_multiaddress(address).then_some(())?;
+            Some((node.parse().ok()?, vec![address.to_owned()]))
+        };
+        self.bootstrap
+            .iter()
+            .map(|entry| read(entry).ok_or_else(|| entry.clone()))
+            .collect()
+    }
+
     /// Reads `config.toml` in `home`; without the file everything has its default.
     ///
     /// # Errors
@@ -180,6 +202,27 @@ mod tests {
                 .to_string()
                 .contains("tpu")
         );
+    }
+
+    #[test]
+    fn a_member_to_begin_with_is_a_node_and_an_address() {
+        let of = |entry: String| Config {
+            bootstrap: vec![entry],
+            ..Config::default()
+        };
+        let node = NodeId([7; 32]);
+        let good = of(format!("{node}@/dns4/gateway.example.org/tcp/4001"));
+        assert_eq!(
+            good.bootstrap(),
+            Ok(vec![(node, vec!["/dns4/gateway.example.org/tcp/4001".into()])])
+        );
+        for wrong in [
+            "/ip4/192.0.2.1/tcp/1".to_owned(),
+            format!("{node}@example.org"),
+            "x@/ip4/192.0.2.1/tcp/1".into(),
+        ] {
+            assert_eq!(of(wrong.clone()).bootstrap(), Err(wrong));
+        }
     }
 
     #[test]

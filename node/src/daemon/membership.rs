@@ -219,9 +219,15 @@ async fn renew(home: &Home, members: &Arc<Members>, control: &ControlHandle) {
     }
 }
 
-/// Peers to start from: those that were met last, then the doors of the invite.
-pub(super) fn bootstrap(home: &Home, known: &Acquaintances) -> Result<Vec<(NodeId, Vec<String>)>, DaemonError> {
-    let mut peers = known.latest();
+/// Peers to start from: those that the configuration lists, those that were met last, and the doors of the invite. Any
+/// of them suffices.
+pub(super) fn bootstrap(
+    home: &Home,
+    known: &Acquaintances,
+    listed: Vec<(NodeId, Vec<String>)>,
+) -> Result<Vec<(NodeId, Vec<String>)>, DaemonError> {
+    let mut peers = listed;
+    peers.extend(known.latest());
     for door in home.peers()? {
         match door.id() {
             Some(node) if peers.iter().all(|(known, _)| *known != node) => peers.push((node, door.control)),

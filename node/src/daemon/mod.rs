@@ -85,6 +85,8 @@ pub enum DaemonError {
     Api { address: SocketAddr, source: io::Error },
     #[error("`contribute.windows` in config.toml is not understood")]
     Window(#[from] polder_protocol::policy::WindowError),
+    #[error("`{entry}` of `bootstrap` in config.toml is no member; write `NODE@/dns4/gateway.example.org/tcp/4001`")]
+    Bootstrap { entry: String },
     #[error("`proxy` in config.toml is not understood")]
     Proxy(#[from] ProxyError),
     #[error("cannot {what}")]
@@ -188,7 +190,8 @@ impl Daemon {
             blobs,
         )?;
         let acquaintances = open_index(&home).await?;
-        let bootstrap = membership::bootstrap(&home, &acquaintances)?;
+        let listed = config.bootstrap().map_err(|entry| DaemonError::Bootstrap { entry })?;
+        let bootstrap = membership::bootstrap(&home, &acquaintances, listed)?;
         let control = start_control(&config, &key, &members, Arc::clone(&gate), &data, bootstrap).await?;
         // Set once, here.
         let _ = book.0.set(control.clone());

@@ -15,7 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use polder_protocol::charter::Capabilities;
 use polder_protocol::directory::{
     ANNOUNCEMENT_VERSION, Announcement, AnnouncementError, Change, Directory, EPOCHS_MAX, EpochNotice, KnownEpoch,
-    STAGES_MAX, StageOffer, Standing, announcement_seconds,
+    STAGES_MAX, Snapshots, StageOffer, Standing, announcement_seconds,
 };
 use polder_protocol::hash::{EpochId, FederationId, NodeId};
 use polder_protocol::identity::{KeyPair, Signed, SignedError};
@@ -48,6 +48,8 @@ struct Inner {
 
 struct State {
     directory: Directory,
+    /// What members told when they were asked for all.
+    snapshots: Snapshots,
     stages: Vec<StageOffer>,
     epochs: BTreeMap<EpochId, EpochNotice>,
     sequence: u64,
@@ -64,6 +66,7 @@ pub fn start(control: ControlHandle, key: KeyPair, federation: FederationId, gat
         gate,
         state: Mutex::new(State {
             directory: Directory::new(federation),
+            snapshots: Snapshots::default(),
             stages: Vec::new(),
             epochs: BTreeMap::new(),
             // Above every number of an earlier life of this node, unless the clock went back.

@@ -1,9 +1,12 @@
 //! The tasks behind the handle: announce, hear, answer, ask.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use polder_protocol::directory::{Page, PageRequest, repeat_seconds};
+use polder_protocol::charter::Capabilities;
+use polder_protocol::directory::{Page, PageRequest, Verdict, repeat_seconds};
 use polder_protocol::hash::NodeId;
 use polder_protocol::identity::Signed;
 use polder_protocol::wire;
@@ -27,6 +30,9 @@ const ASKED_MAX: usize = 4;
 
 /// Of more peers that are met in one [`REPEAT`], gossip tells soon enough.
 const ASKED_PER_REPEAT_MAX: usize = 16;
+
+/// In a directory of more nodes than this, whole snapshots are large: two that agree are enough.
+const LARGE: usize = 256;
 
 /// Pages that are taken from one peer.
 const PAGES_MAX: usize = 64;
@@ -114,6 +120,8 @@ async fn meet(inner: Arc<Inner>, mut events: broadcast::Receiver<PeerEvent>) {
     let places = Arc::new(Semaphore::new(ASKED_MAX));
     let mut since = Instant::now();
     let mut asked = 0;
+    // Whether two of those that were asked in this while told the same.
+    let agreed = Arc::new(AtomicBool::new(false));
     // Whoever was met before the events began.
     let mut waiting: Vec<NodeId> = inner.control.present().iter().map(|peer| peer.node).collect();
     loop {
@@ -121,21 +129,33 @@ async fn meet(inner: Arc<Inner>, mut events: broadcast::Receiver<PeerEvent>) {
             if since.elapsed() >= REPEAT {
                 since = Instant::now();
                 asked = 0;
+                agreed.store(false, Ordering::Relaxed);
             }
-            asked += 1;
-            if asked <= ASKED_PER_REPEAT_MAX {
+            let enough = agreed.load(Ordering::Relaxed) && inner.lock().directory.len() > LARGE;
+            if asked < ASKED_PER_REPEAT_MAX && !enough {
+                asked += 1;
+                let agreed = agreed.clone();
                 let (inner, places) = (inner.clone(), places.clone());
                 tokio::spawn(async move {
                     // The semaphore is never closed.
                     let _place = places.acquire().await;
-                    until_stopped(inner.clone(), ask(&inner, node)).await;
+                    let asking = async {
+                        if ask(&inner, node).await == Verdict::Agreed {
+                            agreed.store(true, Ordering::Relaxed);
+                        }
+                    };
+                    until_stopped(inner.clone(), asking).await;
                 });
             }
         }
         match events.recv().await {
             Ok(PeerEvent::Joined(record)) => waiting.push(record.node),
             Ok(PeerEvent::Left { node, .. }) => {
-                let changed = inner.lock().directory.forget(node);
+                let changed = {
+                    let mut state = inner.lock();
+                    state.snapshots.forget(node);
+                    state.directory.forget(node)
+                };
                 if changed {
                     inner.tell();
                 }
@@ -150,19 +170,25 @@ async fn meet(inner: Arc<Inner>, mut events: broadcast::Receiver<PeerEvent>) {
     }
 }
 
-/// Takes over what `node` knows.
-async fn ask(inner: &Inner, node: NodeId) {
+/// Takes over what `node` knows, and holds it against what others told.
+async fn ask(inner: &Inner, node: NodeId) -> Verdict {
+    let mut told = BTreeSet::new();
     let mut request = PageRequest::default();
     for _ in 0..PAGES_MAX {
         let page = match page_of(&inner.control, node, request).await {
             Ok(page) => page,
             Err(reason) => {
                 tracing::debug!(%node, reason, "the directory of a peer cannot be had");
-                return;
+                return Verdict::Alone;
             }
         };
         for bytes in page.announcements {
-            let kept = Signed::from_bytes(&bytes).map(|signed| inner.insert(signed));
+            let signed = Signed::from_bytes(&bytes);
+            let by = signed.as_ref().ok().map(|signed| NodeId(signed.by()));
+            let kept = signed.map(|signed| inner.insert(signed));
+            if matches!(kept, Ok(Ok(_))) {
+                told.extend(by);
+            }
             if !matches!(kept, Ok(Ok(_))) {
                 tracing::debug!(%node, ?kept, "an announcement is not kept");
             }
@@ -171,10 +197,24 @@ async fn ask(inner: &Inner, node: NodeId) {
         }
         // A peer whose pages do not go on has no more.
         if page.next <= request.after {
-            return;
+            break;
         }
         request.after = page.next;
     }
+    // Only gateways keep the whole directory; others may have come just now.
+    let keeps = inner
+        .control
+        .peer(node)
+        .is_some_and(|record| Capabilities(record.capabilities).has(Capabilities::DIRECTORY));
+    if !keeps {
+        return Verdict::Alone;
+    }
+    let verdict = inner.lock().snapshots.take(node, told);
+    if let Verdict::Withholds { by, missing } = &verdict {
+        tracing::warn!(gateway = %by, missing, "a member leaves many nodes out of its directory");
+        inner.lock().snapshots.forget(*by);
+    }
+    verdict
 }
 
 async fn page_of(control: &ControlHandle, node: NodeId, request: PageRequest) -> Result<Page, String> {

@@ -4,6 +4,7 @@
 //! silent; a node that joins asks another for all that it holds.
 
 mod announcement;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 
@@ -18,6 +19,8 @@ use crate::hash::{EpochId, FederationId, InstitutionId, NodeId};
 use crate::identity::{Signed, SignedError};
 use crate::route::Offer;
 use crate::time::UnixSeconds;
+
+pub use snapshot::{Snapshots, Verdict};
 
 pub use announcement::{
     ANNOUNCED_CREDENTIALS_BYTES_MAX, ANNOUNCEMENT_BYTES_MAX, ANNOUNCEMENT_SECONDS, ANNOUNCEMENT_VERSION, Announcement,
