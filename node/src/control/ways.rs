@@ -247,6 +247,23 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        #[test]
+        fn any_answer_has_a_status_or_none(head: Vec<u8>, code: u16, words in "[ -~]{0,40}") {
+            // Whatever it says, it says so without a panic.
+            let _ = status(&head);
+            let answer = format!("HTTP/1.1 {code} {words}\r\n\r\n");
+            proptest::prop_assert_eq!(status(answer.as_bytes()), Some(code));
+        }
+
+        #[test]
+        fn any_text_is_a_proxy_or_none(text in ".{0,60}") {
+            if let Ok(proxy) = text.parse::<Proxy>() {
+                proptest::prop_assert!(!proxy.host.is_empty());
+            }
+        }
+    }
+
     #[test]
     fn base64_pads_as_the_standard_says() {
         assert_eq!(

@@ -88,3 +88,28 @@ pub(super) fn close(connection: &quinn::Connection, closing: Closing, reason: &s
 fn parse((header, credentials): Frame) -> Option<(Greeting, Bytes)> {
     Some((postcard::from_bytes(&header).ok()?, credentials))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_a_greeting_or_none(header: Vec<u8>, credentials: Vec<u8>) {
+            if let Some((greeting, shown)) = parse((header, credentials.clone().into())) {
+                prop_assert_eq!(shown.as_ref(), credentials.as_slice());
+                let again = postcard::to_allocvec(&greeting).unwrap();
+                prop_assert_eq!(parse((again, shown)).map(|(greeting, _)| greeting), Some(greeting));
+            }
+        }
+
+        #[test]
+        fn a_greeting_survives_its_header(instance: u64, port: u16, bulk: bool) {
+            let class = if bulk { Class::Bulk } else { Class::Act };
+            let greeting = Greeting { class, instance, you_are: SocketAddr::from(([192, 0, 2, 1], port)) };
+            let header = postcard::to_allocvec(&greeting).unwrap();
+            prop_assert_eq!(parse((header, Bytes::new())).map(|(greeting, _)| greeting), Some(greeting));
+        }
+    }
+}

@@ -259,3 +259,36 @@ async fn read_packet<R: AsyncRead + Unpin>(reader: &mut R) -> io::Result<Bytes> 
     reader.read_exact(&mut packet).await?;
     Ok(packet.into())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures::executor::block_on;
+    use futures::io::Cursor;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn packets_survive_a_burst(packets in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..1_500), 0..8)) {
+            let mut burst = Vec::new();
+            packets.iter().for_each(|packet| append(&mut burst, packet));
+            let mut reader = Cursor::new(burst);
+            for packet in &packets {
+                let read = block_on(read_packet(&mut reader)).unwrap();
+                prop_assert_eq!(read.as_ref(), packet.as_slice());
+            }
+            prop_assert!(block_on(read_packet(&mut reader)).is_err());
+        }
+
+        #[test]
+        fn any_stream_ends_in_packets_and_an_error(bytes: Vec<u8>) {
+            let length = bytes.len();
+            let mut reader = Cursor::new(bytes);
+            let mut read = 0;
+            while let Ok(packet) = block_on(read_packet(&mut reader)) {
+                read += packet.len() + 2;
+            }
+            prop_assert!(read <= length);
+        }
+    }
+}
