@@ -23,6 +23,12 @@ impl DeviceBlocks {
         !ty.is_float() && !has_two_minima(ty)
     }
 
+    /// The bytes that so many elements of a type take laid out, at most.
+    pub const fn bytes_max(ty: PackedType, elements: u64) -> u64 {
+        let quants = if has_nibbles(ty) { elements / 2 } else { elements };
+        quants + elements / UNIT as u64 * 12
+    }
+
     /// Lays a matrix out. `None` where the type [cannot be](Self::holds).
     pub fn of(matrix: &PackedMatrix) -> Option<Self> {
         if !Self::holds(matrix.ty()) {
@@ -35,7 +41,7 @@ impl DeviceBlocks {
     /// `None` where f16 do not hold the scales.
     fn lay(matrix: &PackedMatrix, fine: bool) -> Option<Self> {
         let ty = matrix.ty();
-        let nibbles = matches!(ty, PackedType::Q4_0 | PackedType::Q4_1 | PackedType::Q4K);
+        let nibbles = has_nibbles(ty);
         let units = matrix.rows() * (matrix.cols() / UNIT);
         let mut laid = Self {
             quants: Vec::with_capacity(units * if nibbles { 4 } else { 8 }),
@@ -74,4 +80,9 @@ impl DeviceBlocks {
         }
         Some(laid)
     }
+}
+
+/// Whether a type's integers have four bits.
+const fn has_nibbles(ty: PackedType) -> bool {
+    matches!(ty, PackedType::Q4_0 | PackedType::Q4_1 | PackedType::Q4K)
 }

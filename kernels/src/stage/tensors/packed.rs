@@ -4,6 +4,7 @@ use super::Shape;
 use super::engine::Parts;
 use crate::device::Device;
 use crate::device::cube::{AttentionShape, CubeError, Cubes, Floats, PackedOnDevice};
+use crate::quant::DeviceBlocks;
 use crate::stage::cpu::{Dense, LoadedNorm, Matrix};
 use crate::stage::{StageError, Want};
 
@@ -47,13 +48,25 @@ impl Packed {
             return Ok(None);
         };
         let matrices = blocks.iter().flat_map(Parts::matrices);
-        let fit = matrices.chain(head.map(|(_, projection)| projection)).all(|matrix| {
-            let words = matrix.rows() as u64 * matrix.cols() as u64;
-            matches!(matrix, Matrix::Packed(packed) if Cubes::multiplies(packed.ty()))
-                && words * 2 < device.buffer_bytes_max()
-        });
-        if !fit {
-            return Ok(None);
+        let mut bytes: u64 = 0;
+        for matrix in matrices.chain(head.map(|(_, projection)| projection)) {
+            let elements = matrix.rows() as u64 * matrix.cols() as u64;
+            let one = match matrix {
+                Matrix::Packed(packed) if Cubes::multiplies(packed.ty()) => {
+                    DeviceBlocks::bytes_max(packed.ty(), elements)
+                }
+                _ => return Ok(None),
+            };
+            if one > device.buffer_bytes_max() {
+                return Ok(None);
+            }
+            bytes = bytes.saturating_add(one);
+        }
+        if !device.has_room(bytes) {
+            return Err(StageError::DeviceMemory {
+                what: "packed weights",
+                bytes,
+            });
         }
         let matrix = |matrix: &Matrix| match matrix {
             Matrix::Packed(packed) => cubes.upload_packed(packed).map_err(failed),
