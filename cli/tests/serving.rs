@@ -44,6 +44,7 @@ fn three_nodes_answer_in_three_languages_as_one_node_does() {
         assert_eq!(answer["answer"], expected["answer"], "{question}");
     }
 
+    asked_at_once(&nodes, &alone[0]);
     keeps_to_a_schema(&nodes[1], &alone[0], folder.path());
     let long = "word ".repeat(400);
     let refused = nodes[1].try_verb(&["ask", &long]).unwrap_err();
@@ -84,6 +85,23 @@ fn a_node_killed_in_the_middle_of_an_answer_is_replaced_and_the_text_is_the_same
     assert_eq!(text, expected);
     assert!(lost >= 1 && chain.len() == 2, "{lost} lost, {chain:?}");
     assert_eq!(nodes.len(), 2, "one node was killed");
+}
+
+/// Answers of sessions that share the stages, each asked through another node, are those of each alone.
+fn asked_at_once(nodes: &[Node], alone: &Node) {
+    let answers = std::thread::scope(|scope| {
+        let asked = nodes.iter().zip(QUESTIONS);
+        let asked: Vec<_> = asked
+            .map(|(node, question)| scope.spawn(move || ask(node, question)))
+            .collect();
+        asked
+            .into_iter()
+            .map(|answer| answer.join().unwrap())
+            .collect::<Vec<_>>()
+    });
+    for (answer, question) in answers.iter().zip(QUESTIONS) {
+        assert_eq!(answer["answer"], ask(alone, question)["answer"], "{question}");
+    }
 }
 
 /// The stage that chooses sits on another node, and must keep to a schema that was given here.

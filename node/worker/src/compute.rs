@@ -90,9 +90,17 @@ impl Engine for Compute {
     }
 
     fn perform_together(&mut self, orders: Vec<(Task, Vec<u8>)>) -> Vec<Result<(Answer, Vec<u8>), String>> {
-        if let Some(outputs) = self.step(&orders) {
-            let choices = orders.iter().zip(outputs);
-            return choices.map(|((task, _), output)| self.choose(task, output)).collect();
+        match self.step(&orders) {
+            Some(Ok(outputs)) => {
+                let choices = orders.iter().zip(outputs);
+                return choices.map(|((task, _), output)| self.choose(task, output)).collect();
+            }
+            // Asked again, a device that failed may answer anything.
+            Some(Err(failure)) => {
+                self.breaks(&failure.reason);
+                return vec![Err(failure.reason); orders.len()];
+            }
+            None => {}
         }
         // One of them is at fault, and the others are not to suffer.
         let each = |(task, payload)| self.perform(task, payload);
@@ -241,8 +249,9 @@ impl Compute {
             .ok_or_else(|| format!("no stage {stage} is loaded for training"))
     }
 
-    /// Carries out forwards of one stage as one batch; `None` where that cannot be, and nothing has changed.
-    fn step(&mut self, orders: &[(Task, Vec<u8>)]) -> Option<Vec<(Output, u32)>> {
+    /// Carries out forwards of one stage as one batch; `None` where an order is wrong, and nothing has changed. An error is
+    /// the device's.
+    fn step(&mut self, orders: &[(Task, Vec<u8>)]) -> Option<Result<Vec<(Output, u32)>, Failure>> {
         let stage = match orders.first()? {
             (Task::Forward { stage, .. }, _) => self.serving.get_mut(stage)?,
             _ => return None,
@@ -275,8 +284,11 @@ impl Compute {
             Input::Hidden(hidden) => place_after(step.position, hidden.len() / width),
         });
         let ends: Vec<u32> = ends.collect();
-        let outputs = stage.forward_together(&steps, Want::LastLogits).ok()?;
-        Some(outputs.into_iter().zip(ends).collect())
+        match stage.forward_together(&steps, Want::LastLogits) {
+            Ok(outputs) => Some(Ok(outputs.into_iter().zip(ends).collect())),
+            Err(error @ StageError::Device { .. }) => Some(Err(error.into())),
+            Err(_) => None,
+        }
     }
 
     /// What a forward of a batch is answered with.
