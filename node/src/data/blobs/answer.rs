@@ -97,6 +97,9 @@ async fn send_chunk(
     // nothing has been sent. After 2^30 chunks the order begins anew.
     let asked = plane.inner.chunks_asked.fetch_add(1, Ordering::Relaxed) & 0x3fff_ffff;
     sender.set_priority(-1 - i32::try_from(asked).unwrap_or_default());
+    // One after the other also where a cap makes them wait. The turn comes before memory is taken: a peer that asks for
+    // much and reads nothing, or whose institution is capped, holds one chunk and not everybody's.
+    let turn = link.sending.lock().await;
     // The semaphore is never closed.
     let _permit = plane.inner.sending_chunks.acquire().await.ok();
     let store = plane.blobs().clone();
@@ -117,8 +120,6 @@ async fn send_chunk(
         after: SENDING_MAX,
     };
     let mut body = Bytes::from(bytes);
-    // One after the other also where a cap makes them wait.
-    let turn = link.sending.lock().await;
     let header = Tell::Chunk.to_bytes();
     let started = sender.begin(&header, body.len());
     timeout(SENDING_MAX, started).await.map_err(stalled)??;
