@@ -360,7 +360,17 @@ fn settle(
                 assert_eq!(before, None, "asked twice of one source");
             }
             Effect::Cancel { source, chunk } => {
-                owed.remove(&(source, chunk));
+                let index = index_of(source);
+                let at = owed.remove(&(source, chunk)).filter(|at| *at != u64::MAX);
+                // What was not sent yet is not sent, and what was asked for later comes so much earlier.
+                if let Some(at) = at {
+                    let spared = at.saturating_sub(now).min(all[index].chunk_micros);
+                    let later = owed
+                        .iter_mut()
+                        .filter(|((owner, _), due)| *owner == source && **due != u64::MAX && **due > at);
+                    later.for_each(|(_, due)| *due -= spared);
+                    free_at[index] -= spared;
+                }
             }
             Effect::Ban { source } => {
                 banned.insert(source);
