@@ -65,6 +65,16 @@ enum Caches {
     Packed(Vec<PackedCache>),
 }
 
+impl Caches {
+    fn tensors(&mut self) -> Option<&mut Vec<Cache>> {
+        match self {
+            Self::Tensors(caches) => Some(caches),
+            #[cfg(feature = "gpu")]
+            Self::Packed(_) => None,
+        }
+    }
+}
+
 impl Engine {
     /// Brings weights to the device: packed where our own kernels multiply all of them, else widened.
     pub(in crate::stage) fn upload(
@@ -250,11 +260,7 @@ impl Engine {
         let shape = &self.shape;
         let range = position..position + x.dims()[0];
         let positions = Positions::new(&shape.frequencies, range, self.device.tensors());
-        let caches = match &mut sequence.0 {
-            Caches::Tensors(caches) => caches,
-            #[cfg(feature = "gpu")]
-            Caches::Packed(_) => return Err(failed("a cache of another kind")),
-        };
+        let caches = sequence.0.tensors().ok_or_else(|| failed("a cache of another kind"))?;
         for (block, cache) in self.blocks.iter().zip(caches) {
             let normed = rms_norm(x.clone(), &block.attention_norm, shape.epsilon);
             let projected = [&block.q, &block.k, &block.v].map(|weight| weight.multiply(&normed));
