@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// One package, the own packages that it may import, and foreign ones that it must not.
+/// One package, the own packages that it may import, and foreign ones that it must not. Its tests may import further ones.
 struct Wall {
     folder: &'static str,
     package: &'static str,
@@ -63,7 +63,8 @@ const WALLS: &[Wall] = &[
         folder: "cli",
         package: "polder",
         may_import: &["polder-protocol", "polder-node", "polder-worker"],
-        may_import_in_tests: &[],
+        // Whoever attacks a daemon in a test speaks to its sockets, not through its library.
+        may_import_in_tests: &["libp2p", "libp2p-stream", "quinn"],
         never: &["burn", "libp2p", "quinn"],
     },
     Wall {
@@ -120,10 +121,11 @@ fn check_imports(wall: &Wall, manifest: &toml::Table, section: &str, allowed: &[
             wall.folder
         );
         ensure!(
-            !wall
-                .never
-                .iter()
-                .any(|never| import == *never || import.starts_with(&format!("{never}-"))),
+            allowed.contains(&import)
+                || !wall
+                    .never
+                    .iter()
+                    .any(|never| import == *never || import.starts_with(&format!("{never}-"))),
             "{} must never import {import} (in [{section}] of {}/Cargo.toml)",
             wall.package,
             wall.folder
