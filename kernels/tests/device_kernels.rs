@@ -233,14 +233,14 @@ fn packed_products_are_those_of_the_widened_weights() {
 }
 
 #[test]
-fn bytes_are_those_of_the_wire_but_for_the_last_bit_of_a_scale() {
+fn bytes_and_scales_are_within_a_rounding_of_the_exact_ones() {
     with_kernels(|cubes| {
         for count in [1, 3, 255, 256, 257, 4_099] {
             let mut x = numbers(count, 40);
             x[count / 2] *= 1e-6;
             let quantised = cubes.quantise(&cubes.upload(&x)).unwrap();
             let bytes: Vec<i8> = cubes
-                .read_words(&quantised.bytes)
+                .read(&quantised.bytes)
                 .unwrap()
                 .iter()
                 .flat_map(|word| word.to_le_bytes().map(|byte| byte as i8))

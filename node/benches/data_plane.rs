@@ -3,15 +3,15 @@
 //!
 //! `cargo bench -p polder-node --bench data_plane`
 
-use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr};
+mod everybody;
+
+use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use everybody::Everybody;
 use polder_node::data::{BlobStore, Class, DataConfig, DataPlane, IncomingStream, Service};
-use polder_node::gate::{AddressBook, Admitted, Gate, Refused};
-use polder_protocol::hash::{InstitutionId, NodeId};
 
 const FRAME_BYTES: usize = 4 << 20;
 const STREAM_BYTES: usize = 512 << 20;
@@ -20,29 +20,6 @@ const ECHO_BYTES: usize = 64 << 10;
 const ECHOES: usize = 2_000;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
-
-struct Everybody(Mutex<BTreeMap<NodeId, SocketAddr>>);
-
-impl Gate for Everybody {
-    fn credentials(&self) -> Vec<u8> {
-        Vec::new()
-    }
-
-    fn admit(&self, node: NodeId, _credentials: &[u8]) -> Result<Admitted, Refused> {
-        Ok(Admitted {
-            node,
-            institution: InstitutionId::default(),
-            capabilities: 0,
-        })
-    }
-}
-
-impl AddressBook for Everybody {
-    fn data_addresses(&self, peer: NodeId) -> Vec<SocketAddr> {
-        let addresses = self.0.lock().map(|book| book.get(&peer).copied());
-        addresses.ok().flatten().into_iter().collect()
-    }
-}
 
 #[tokio::main]
 async fn main() -> Outcome<()> {

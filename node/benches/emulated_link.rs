@@ -5,16 +5,18 @@
 //! `cargo bench -p polder-node --bench emulated_link [-- MBIT...]`; for a link that exists, or that something else
 //! emulates, `-- serve ADDRESS:PORT` at one end and `-- dial ADDRESS:PORT MBIT` at the other.
 
-use std::collections::{BTreeMap, VecDeque};
+mod everybody;
+
+use std::collections::VecDeque;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use everybody::Everybody;
 use polder_node::data::{BlobStore, Class, DataConfig, DataPlane, Service};
-use polder_node::gate::{AddressBook, Admitted, Gate, Refused};
-use polder_protocol::hash::{InstitutionId, NodeId};
+use polder_protocol::hash::NodeId;
 
 const ROUND_TRIP: Duration = Duration::from_millis(80);
 const QUEUE: Duration = Duration::from_millis(100);
@@ -23,29 +25,6 @@ const FRAME_BYTES: usize = 1 << 20;
 const BULK_TIME: Duration = Duration::from_secs(8);
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
-
-struct Everybody(Mutex<BTreeMap<NodeId, SocketAddr>>);
-
-impl Gate for Everybody {
-    fn credentials(&self) -> Vec<u8> {
-        Vec::new()
-    }
-
-    fn admit(&self, node: NodeId, _credentials: &[u8]) -> Result<Admitted, Refused> {
-        Ok(Admitted {
-            node,
-            institution: InstitutionId::default(),
-            capabilities: 0,
-        })
-    }
-}
-
-impl AddressBook for Everybody {
-    fn data_addresses(&self, peer: NodeId) -> Vec<SocketAddr> {
-        let addresses = self.0.lock().map(|book| book.get(&peer).copied());
-        addresses.ok().flatten().into_iter().collect()
-    }
-}
 
 /// What happened to packets on a path.
 #[derive(Default)]

@@ -1,7 +1,5 @@
 //! Products of packed rows and activations: the scalar definition, and the choice of the fastest path.
 
-use half::{bf16, f16};
-
 use super::PackedType;
 use super::activations::{ActivationRow, Activations};
 use super::blocks::{UNIT, has_two_minima, unit, units_per_block};
@@ -65,23 +63,13 @@ pub(super) fn multiply_rows(
     }
 }
 
-/// `out[r · n + i] = rows[r] · x[i]` for rows of plain floats, `x` being `[n, cols]`.
-pub(super) fn multiply_float_rows(
-    path: Path,
-    ty: PackedType,
-    rows: &[u8],
-    row_bytes: usize,
-    x: &[f32],
-    n: usize,
-    out: &mut [f32],
-) {
+/// `out[r · n + i] = rows[r] · x[i]` for rows of f32, `x` being `[n, cols]`. Shorter floats lie side by side.
+pub(super) fn multiply_float_rows(path: Path, rows: &[u8], row_bytes: usize, x: &[f32], n: usize, out: &mut [f32]) {
     let cols = x.len() / n;
     let mut widened = vec![0.0; cols];
     for (row, out) in rows.chunks_exact(row_bytes).zip(out.chunks_exact_mut(n)) {
-        match path {
-            Path::Scalar => widen_floats(ty, row, &mut widened),
-            #[cfg(target_arch = "x86_64")]
-            Path::Avx2 | Path::Vnni => super::simd::widen_floats_avx2(ty, row, &mut widened),
+        for (value, raw) in widened.iter_mut().zip(row.as_chunks().0) {
+            *value = f32::from_le_bytes(*raw);
         }
         for (out, x) in out.iter_mut().zip(x.chunks_exact(cols)) {
             *out = match path {
@@ -149,26 +137,4 @@ pub(super) fn float_dot(weights: &[f32], x: &[f32]) -> f32 {
         halves[l] = lanes[l] + lanes[l + LANES];
     }
     sum_of_lanes(halves)
-}
-
-/// Plain floats to f32; `row` holds exactly `out.len()` elements of a plain type.
-#[inline(always)]
-pub(super) fn widen_floats(ty: PackedType, row: &[u8], out: &mut [f32]) {
-    match ty {
-        PackedType::F16 => {
-            for (value, raw) in out.iter_mut().zip(row.as_chunks().0) {
-                *value = f16::from_le_bytes(*raw).to_f32();
-            }
-        }
-        PackedType::BF16 => {
-            for (value, raw) in out.iter_mut().zip(row.as_chunks().0) {
-                *value = bf16::from_le_bytes(*raw).to_f32();
-            }
-        }
-        _ => {
-            for (value, raw) in out.iter_mut().zip(row.as_chunks().0) {
-                *value = f32::from_le_bytes(*raw);
-            }
-        }
-    }
 }

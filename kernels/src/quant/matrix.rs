@@ -348,7 +348,7 @@ impl PackedMatrix {
     fn row_by_row(&self, path: Path, x: &[f32], rounded: Option<&Activations>, n: usize, out: &mut [f32]) {
         let piece = |rows: &[u8], out: &mut [f32]| match rounded.filter(|_| !self.ty.is_float()) {
             Some(activations) => multiply_rows(path, self.ty, rows, self.row_bytes, activations, n, out),
-            None => multiply_float_rows(path, self.ty, rows, self.row_bytes, x, n, out),
+            None => multiply_float_rows(path, rows, self.row_bytes, x, n, out),
         };
         if n == 1 {
             self.in_pieces(n, out, piece);

@@ -17,68 +17,25 @@ pub fn narrow(ty: PackedType, values: &[f32]) -> Result<Vec<u8>, QuantError> {
         PackedType::F32 => bytes.extend(values.iter().flat_map(|value| value.to_le_bytes())),
         PackedType::F16 => bytes.extend(values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes())),
         PackedType::BF16 => bytes.extend(values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes())),
-        PackedType::Q8_0 => values
-            .as_chunks()
-            .0
-            .iter()
-            .for_each(|block| narrow_q8_0(block, &mut bytes)),
-        PackedType::Q4_0 => values
-            .as_chunks()
-            .0
-            .iter()
-            .for_each(|block| narrow_q4_0(block, &mut bytes)),
-        PackedType::Q4_1 => values
-            .as_chunks()
-            .0
-            .iter()
-            .for_each(|block| narrow_q4_1(block, &mut bytes)),
-        PackedType::Q5_0 => values
-            .as_chunks()
-            .0
-            .iter()
-            .for_each(|block| narrow_q5_0(block, &mut bytes)),
-        PackedType::Q5_1 => values
-            .as_chunks()
-            .0
-            .iter()
-            .for_each(|block| narrow_q5_1(block, &mut bytes)),
-        PackedType::Iq4Nl => values
-            .as_chunks()
-            .0
-            .iter()
-            .for_each(|block| narrow_uneven(block, &mut bytes)),
-        PackedType::Mxfp4 => values
-            .as_chunks()
-            .0
-            .iter()
-            .for_each(|block| narrow_mxfp4(block, &mut bytes)),
-        PackedType::Q2K => values
-            .as_chunks()
-            .0
-            .iter()
-            .for_each(|block| narrow_q2(block, &mut bytes)),
-        PackedType::Q3K => values
-            .as_chunks()
-            .0
-            .iter()
-            .for_each(|block| narrow_q3(block, &mut bytes)),
-        PackedType::Q4K => values
-            .as_chunks()
-            .0
-            .iter()
-            .for_each(|block| narrow_scaled(block, 4, &mut bytes)),
-        PackedType::Q5K => values
-            .as_chunks()
-            .0
-            .iter()
-            .for_each(|block| narrow_scaled(block, 5, &mut bytes)),
-        PackedType::Q6K => values
-            .as_chunks()
-            .0
-            .iter()
-            .for_each(|block| narrow_q6(block, &mut bytes)),
+        PackedType::Q8_0 => each(values, &mut bytes, narrow_q8_0),
+        PackedType::Q4_0 => each(values, &mut bytes, narrow_q4_0),
+        PackedType::Q4_1 => each(values, &mut bytes, narrow_q4_1),
+        PackedType::Q5_0 => each(values, &mut bytes, narrow_q5_0),
+        PackedType::Q5_1 => each(values, &mut bytes, narrow_q5_1),
+        PackedType::Iq4Nl => each(values, &mut bytes, narrow_uneven),
+        PackedType::Mxfp4 => each(values, &mut bytes, narrow_mxfp4),
+        PackedType::Q2K => each(values, &mut bytes, narrow_q2),
+        PackedType::Q3K => each(values, &mut bytes, narrow_q3),
+        PackedType::Q4K => each(values, &mut bytes, |block, bytes| narrow_scaled(block, 4, bytes)),
+        PackedType::Q5K => each(values, &mut bytes, |block, bytes| narrow_scaled(block, 5, bytes)),
+        PackedType::Q6K => each(values, &mut bytes, narrow_q6),
     }
     Ok(bytes)
+}
+
+/// Packs whole blocks, which the caller has checked.
+fn each<const ELEMENTS: usize>(values: &[f32], bytes: &mut Vec<u8>, pack: impl Fn(&[f32; ELEMENTS], &mut Vec<u8>)) {
+    values.as_chunks().0.iter().for_each(|block| pack(block, bytes));
 }
 
 fn narrow_q8_0(block: &[f32; 32], bytes: &mut Vec<u8>) {
@@ -95,10 +52,7 @@ fn narrow_q8_0(block: &[f32; 32], bytes: &mut Vec<u8>) {
 
 fn narrow_q4_0(block: &[f32; 32], bytes: &mut Vec<u8>) {
     // The value of largest size, sign included, becomes exactly −8 scales: the code that has no positive twin.
-    let largest = block.iter().fold(
-        0f32,
-        |largest, value| if value.abs() > largest.abs() { *value } else { largest },
-    );
+    let largest = largest_by_size(block);
     let scale = largest / -8.0;
     let inverse = inverse_or_zero(scale);
     bytes.extend(f16::from_f32(scale).to_le_bytes());
@@ -119,10 +73,7 @@ fn narrow_q4_1(block: &[f32; 32], bytes: &mut Vec<u8>) {
 
 fn narrow_q5_0(block: &[f32; 32], bytes: &mut Vec<u8>) {
     // As for four bits: the value of largest size becomes exactly −16 scales.
-    let largest = block.iter().fold(
-        0f32,
-        |largest, value| if value.abs() > largest.abs() { *value } else { largest },
-    );
+    let largest = largest_by_size(block);
     let scale = largest / -16.0;
     let inverse = inverse_or_zero(scale);
     bytes.extend(f16::from_f32(scale).to_le_bytes());
@@ -163,7 +114,13 @@ fn push_nibbles(block: &[f32; 32], code: impl Fn(f32) -> f32, bytes: &mut Vec<u8
     );
 }
 
-fn inverse_or_zero(scale: f32) -> f32 {
+/// The value of largest size, sign included.
+pub(super) fn largest_by_size(values: &[f32]) -> f32 {
+    let larger = |largest: f32, value: &f32| if value.abs() > largest.abs() { *value } else { largest };
+    values.iter().fold(0.0, larger)
+}
+
+pub(super) fn inverse_or_zero(scale: f32) -> f32 {
     if scale == 0.0 { 0.0 } else { 1.0 / scale }
 }
 

@@ -5,6 +5,8 @@
 
 use half::f16;
 
+use super::narrow::{inverse_or_zero, largest_by_size};
+
 const BLOCK: usize = 256;
 const SUB_BLOCK: usize = 32;
 /// Elements of a sub-block of the types with sixteen of them.
@@ -220,15 +222,6 @@ fn put_scale_and_minimum(packed: &mut [u8; 12], index: usize, scale: u8, minimum
         packed[index - 4] |= scale >> 4 << 6;
         packed[index] |= minimum >> 4 << 6;
     }
-}
-
-fn largest_by_size(values: &[f32]) -> f32 {
-    let larger = |largest: f32, value: &f32| if value.abs() > largest.abs() { *value } else { largest };
-    values.iter().fold(0.0, larger)
-}
-
-fn inverse_or_zero(scale: f32) -> f32 {
-    if scale == 0.0 { 0.0 } else { 1.0 / scale }
 }
 
 #[cfg(test)]

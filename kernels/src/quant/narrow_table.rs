@@ -3,6 +3,7 @@
 use half::f16;
 
 use super::blocks::{TWICE_E2M1, UNEVEN, half_power};
+use super::narrow::{inverse_or_zero, largest_by_size};
 
 const BLOCK: usize = 32;
 /// Candidates of a scale on each side of the first guess.
@@ -10,8 +11,7 @@ const CANDIDATES: i32 = 8;
 
 /// Packs one block of IQ4_NL: of some scales the one with the least squared error.
 pub(super) fn narrow_uneven(block: &[f32; BLOCK], bytes: &mut Vec<u8>) {
-    let larger = |largest: f32, value: &f32| if value.abs() > largest.abs() { *value } else { largest };
-    let extreme = block.iter().fold(0f32, larger);
+    let extreme = largest_by_size(block);
     let mut best = (0f32, f32::INFINITY);
     for step in -CANDIDATES..=CANDIDATES {
         // The value of largest size becomes the end of the table that is further from zero, or nearly so.
@@ -72,10 +72,6 @@ fn nearest(table: &[i8; 16], value: f32) -> usize {
         }
     }
     best.0
-}
-
-fn inverse_or_zero(scale: f32) -> f32 {
-    if scale == 0.0 { 0.0 } else { 1.0 / scale }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use super::PackedType;
 use super::activations::{ActivationRow, Activations};
 use super::blocks::{TWICE_E2M1, UNEVEN, UNIT, half_power, has_two_minima, k_scale_and_minimum, q3_scale};
-use super::dot::{LANES, float_dot, sum_of_lanes, widen_floats};
+use super::dot::{LANES, float_dot, sum_of_lanes};
 
 /// Activation rows that one pass over a weight row is multiplied with.
 const TILE: usize = 4;
@@ -55,27 +55,6 @@ pub(super) fn float_dot_avx2(weights: &[f32], x: &[f32]) -> f32 {
     unsafe { run(weights, x) }
 }
 
-pub(super) fn widen_floats_avx2(ty: PackedType, row: &[u8], out: &mut [f32]) {
-    #[target_feature(enable = "avx2,f16c")]
-    fn run(ty: PackedType, row: &[u8], out: &mut [f32]) {
-        if ty != PackedType::F16 {
-            return widen_floats(ty, row, out);
-        }
-        let (chunks, rest) = out.as_chunks_mut::<LANES>();
-        let (raw_chunks, raw_rest) = row.as_chunks::<16>();
-        for (values, raw) in chunks.iter_mut().zip(raw_chunks) {
-            // SAFETY: `raw` has the 16 bytes that are read, `values` the 32 that are written.
-            unsafe {
-                let halves = _mm_loadu_si128(raw.as_ptr().cast());
-                _mm256_storeu_ps(values.as_mut_ptr(), _mm256_cvtph_ps(halves));
-            }
-        }
-        widen_floats(ty, raw_rest, rest);
-    }
-    // SAFETY: `Path::best` chooses this path where the processor has AVX2 and F16C.
-    unsafe { run(ty, row, out) }
-}
-
 /// # Safety
 ///
 /// The caller has AVX2 and F16C, and where `VNNI` also AVX-512 VL and VNNI.
@@ -91,9 +70,6 @@ unsafe fn multiply_rows<const VNNI: bool>(
     // SAFETY: the caller's promise.
     unsafe {
         match ty {
-            PackedType::Q8_0 => rows_of::<Q8_0, VNNI>(rows, row_bytes, x, n, out),
-            PackedType::Q4_0 => rows_of::<Q4_0, VNNI>(rows, row_bytes, x, n, out),
-            PackedType::Q4_1 => rows_of::<Q4_1, VNNI>(rows, row_bytes, x, n, out),
             PackedType::Q5_0 => rows_of::<Q5_0, VNNI>(rows, row_bytes, x, n, out),
             PackedType::Q5_1 => rows_of::<Q5_1, VNNI>(rows, row_bytes, x, n, out),
             PackedType::Iq4Nl => rows_of::<Iq4Nl, VNNI>(rows, row_bytes, x, n, out),
@@ -103,6 +79,7 @@ unsafe fn multiply_rows<const VNNI: bool>(
             PackedType::Q4K => rows_of::<Q4K, VNNI>(rows, row_bytes, x, n, out),
             PackedType::Q5K => rows_of::<Q5K, VNNI>(rows, row_bytes, x, n, out),
             PackedType::Q6K => rows_of::<Q6K, VNNI>(rows, row_bytes, x, n, out),
+            PackedType::Q8_0 | PackedType::Q4_0 | PackedType::Q4_1 => unreachable!("their rows lie side by side"),
             PackedType::F32 | PackedType::F16 | PackedType::BF16 => unreachable!("plain floats have their own product"),
         }
     }
@@ -222,9 +199,6 @@ trait Block {
     unsafe fn unit(block: &[u8], index: usize) -> Unit;
 }
 
-struct Q8_0;
-struct Q4_0;
-struct Q4_1;
 struct Q5_0;
 struct Q5_1;
 struct Iq4Nl;
@@ -234,42 +208,6 @@ struct Q3K;
 struct Q4K;
 struct Q5K;
 struct Q6K;
-
-impl Block for Q8_0 {
-    const SIZE: Size = size(PackedType::Q8_0);
-    const SIGNED: bool = true;
-
-    #[inline(always)]
-    unsafe fn unit(block: &[u8], _: usize) -> Unit {
-        // SAFETY: the caller has the instructions.
-        unsafe { uniform(load_32(block, 2), half_at(block, 0), 0.0) }
-    }
-}
-
-impl Block for Q4_0 {
-    const SIZE: Size = size(PackedType::Q4_0);
-    const SIGNED: bool = false;
-
-    #[inline(always)]
-    unsafe fn unit(block: &[u8], _: usize) -> Unit {
-        // SAFETY: the caller has the instructions.
-        unsafe {
-            let d = half_at(block, 0);
-            uniform(nibbles(block, 2), d, -8.0 * d)
-        }
-    }
-}
-
-impl Block for Q4_1 {
-    const SIZE: Size = size(PackedType::Q4_1);
-    const SIGNED: bool = false;
-
-    #[inline(always)]
-    unsafe fn unit(block: &[u8], _: usize) -> Unit {
-        // SAFETY: the caller has the instructions.
-        unsafe { uniform(nibbles(block, 4), half_at(block, 0), half_at(block, 2)) }
-    }
-}
 
 impl Block for Q5_0 {
     const SIZE: Size = size(PackedType::Q5_0);

@@ -91,7 +91,7 @@ impl Cubes {
     pub fn quantise(&self, x: &Floats) -> Result<Int8OnDevice, CubeError> {
         let len = size("activations", &[x.len()])?;
         let made = Int8OnDevice {
-            bytes: self.room_for_words(len.div_ceil(4)),
+            bytes: self.room(len.div_ceil(4)),
             scales: self.room(len.div_ceil(INT8_BLOCK)),
             len,
         };

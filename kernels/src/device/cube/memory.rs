@@ -1,6 +1,8 @@
 //! A device's queue, and memory on the device.
 
-use bytemuck::{cast_slice, try_cast_slice};
+use std::marker::PhantomData;
+
+use bytemuck::{Pod, cast_slice, try_cast_slice};
 use cubecl::client::Client;
 use cubecl::prelude::{BufferArg, CubeCount, CubeDim};
 use cubecl::server::Handle;
@@ -8,6 +10,9 @@ use thiserror::Error;
 
 use super::UNITS;
 use crate::device::Device;
+
+/// Bytes of an element.
+const BYTES: usize = 4;
 
 /// Why a kernel was not run.
 #[derive(Debug, Error)]
@@ -45,19 +50,18 @@ impl std::fmt::Debug for Cubes {
     }
 }
 
-/// Numbers on the device. Clones share them.
+/// Elements of four bytes on the device. Clones share them.
 #[derive(Debug, Clone)]
-pub struct Floats {
+pub struct Elements<T> {
     handle: Handle,
     len: usize,
+    kind: PhantomData<T>,
 }
 
-/// 32-bit words on the device. Clones share them.
-#[derive(Debug, Clone)]
-pub struct Words {
-    handle: Handle,
-    len: usize,
-}
+/// Numbers on the device.
+pub type Floats = Elements<f32>;
+/// 32-bit words on the device.
+pub type Words = Elements<u32>;
 
 impl Cubes {
     /// The queue of a device that was [chosen](Device::choose).
@@ -77,71 +81,28 @@ impl Cubes {
         }
     }
 
-    /// Brings numbers to the device.
-    pub fn upload(&self, values: &[f32]) -> Floats {
-        Floats {
-            handle: self.client.create_from_slice(cast_slice(values)),
-            len: values.len(),
-        }
+    /// Brings elements to the device.
+    pub fn upload<T: Pod>(&self, values: &[T]) -> Elements<T> {
+        Elements::new(self.client.create_from_slice(cast_slice(values)), values.len())
     }
 
-    /// Brings words to the device.
-    pub fn upload_words(&self, words: &[u32]) -> Words {
-        Words {
-            handle: self.client.create_from_slice(cast_slice(words)),
-            len: words.len(),
-        }
+    /// Room for `len` elements, whatever they are.
+    pub fn room<T: Pod>(&self, len: usize) -> Elements<T> {
+        Elements::new(self.client.empty(len * BYTES), len)
     }
 
-    /// Room for `len` numbers, whatever they are.
-    pub fn room(&self, len: usize) -> Floats {
-        Floats {
-            handle: self.client.empty(len * 4),
-            len,
-        }
-    }
-
-    /// Room for `len` words, whatever they are.
-    pub fn room_for_words(&self, len: usize) -> Words {
-        Words {
-            handle: self.client.empty(len * 4),
-            len,
-        }
-    }
-
-    /// Waits for all kernels before, and brings numbers back.
+    /// Waits for all kernels before, and brings elements back.
     ///
     /// # Errors
     ///
     /// [`CubeError::Device`] where the driver failed.
-    pub fn read(&self, values: &Floats) -> Result<Vec<f32>, CubeError> {
-        self.bytes(&values.handle, values.len, |bytes| {
-            try_cast_slice(bytes).map(<[f32]>::to_vec)
-        })
-    }
-
-    /// As [`Cubes::read`].
-    ///
-    /// # Errors
-    ///
-    /// As there.
-    pub fn read_words(&self, words: &Words) -> Result<Vec<u32>, CubeError> {
-        self.bytes(&words.handle, words.len, |bytes| {
-            try_cast_slice(bytes).map(<[u32]>::to_vec)
-        })
-    }
-
-    fn bytes<T>(
-        &self,
-        handle: &Handle,
-        len: usize,
-        read: impl FnOnce(&[u8]) -> Result<Vec<T>, bytemuck::PodCastError>,
-    ) -> Result<Vec<T>, CubeError> {
+    pub fn read<T: Pod>(&self, elements: &Elements<T>) -> Result<Vec<T>, CubeError> {
         let failed = |reason: String| CubeError::Device { reason };
-        let bytes = self.client.read_one(handle.clone());
+        let len = elements.len;
+        let bytes = self.client.read_one(elements.handle.clone());
         let bytes = bytes.map_err(|error| failed(error.to_string()))?;
-        let values = read(bytes.get(..len * 4).unwrap_or(&bytes));
-        let values = values.map_err(|error| failed(error.to_string()))?;
+        let values = try_cast_slice(bytes.get(..len * BYTES).unwrap_or(&bytes));
+        let values = values.map_err(|error| failed(error.to_string()))?.to_vec();
         match values.len() == len {
             true => Ok(values),
             false => Err(failed(format!("it gave {} of {len} elements", values.len()))),
@@ -153,7 +114,16 @@ impl Cubes {
     }
 }
 
-impl Floats {
+impl<T> Elements<T> {
+    fn new(handle: Handle, len: usize) -> Self {
+        const { assert!(size_of::<T>() == BYTES) };
+        Self {
+            handle,
+            len,
+            kind: PhantomData,
+        }
+    }
+
     /// How many.
     pub const fn len(&self) -> usize {
         self.len
@@ -170,31 +140,14 @@ impl Floats {
     }
 
     pub(super) fn check(&self, what: &'static str, expected: usize) -> Result<(), CubeError> {
-        check(what, self.len, expected)
-    }
-}
-
-impl Words {
-    /// How many.
-    pub const fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether there are none.
-    pub const fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    pub(super) fn argument(&self) -> BufferArg {
-        // SAFETY: as for floats.
-        unsafe { BufferArg::from_raw_parts(self.handle.clone(), self.len) }
-    }
-}
-
-fn check(what: &'static str, found: usize, expected: usize) -> Result<(), CubeError> {
-    match found == expected {
-        true => Ok(()),
-        false => Err(CubeError::Length { what, found, expected }),
+        match self.len == expected {
+            true => Ok(()),
+            false => Err(CubeError::Length {
+                what,
+                found: self.len,
+                expected,
+            }),
+        }
     }
 }
 

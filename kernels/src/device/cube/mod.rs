@@ -23,7 +23,7 @@ pub use adamw::AdamWStep;
 pub use attention::AttentionShape;
 pub use cost::Cost;
 pub use int8::Int8OnDevice;
-pub use memory::{CubeError, Cubes, Floats, Words};
+pub use memory::{CubeError, Cubes, Elements, Floats, Words};
 pub use packed::PackedOnDevice;
 
 /// Units of a cube that share a row: a multiple of every device's plane (at most 64).

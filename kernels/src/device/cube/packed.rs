@@ -166,8 +166,8 @@ impl Cubes {
             return Err(CubeError::Type { ty: matrix.ty().name() });
         };
         Ok(PackedOnDevice {
-            quants: self.upload_words(&blocks.quants),
-            scales: self.upload_words(&blocks.scales),
+            quants: self.upload(&blocks.quants),
+            scales: self.upload(&blocks.scales),
             rows,
             cols,
             nibbles: blocks.nibbles,

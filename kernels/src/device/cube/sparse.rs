@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 use polder_protocol::codec::TOPK_CHUNK;
 
 use super::memory::{one_cube_each, size, small, units};
-use super::{Cost, CubeError, Cubes, Floats, UNITS};
+use super::{Cost, CubeError, Cubes, Floats, UNITS, Words};
 
 /// Elements kept of each chunk.
 const KEPT: usize = 64;
@@ -190,8 +190,8 @@ impl Cubes {
         let count = size("a tensor", &[values.len()])?;
         let chunks = count.div_ceil(TOPK_CHUNK);
         size("a tensor", &[chunks, TOPK_CHUNK])?;
-        let indices = self.room_for_words(chunks * KEPT);
-        let chosen = self.room(chunks * KEPT);
+        let indices: Words = self.room(chunks * KEPT);
+        let chosen: Floats = self.room(chunks * KEPT);
         const { assert!(TOPK_CHUNK.is_multiple_of(UNITS as usize) && KEPT == UNITS as usize) };
         if chunks == 0 {
             return Ok(vec![0; 16]);
@@ -209,7 +209,7 @@ impl Cubes {
             UNITS,
         );
         let kept = self.read(&chosen)?;
-        let places = self.read_words(&indices)?;
+        let places = self.read(&indices)?;
         // Padding is not a value.
         let inside = places.iter().enumerate();
         let inside = inside.map(|(i, place)| i / KEPT * TOPK_CHUNK + (*place as usize) < count);
@@ -220,7 +220,7 @@ impl Cubes {
             .collect();
         let (middle, means) = codebook(&kept);
         let [a, b, c, d] = means;
-        let words = self.room_for_words(chunks * CHUNK_WORDS);
+        let words: Words = self.room(chunks * CHUNK_WORDS);
         pack::launch(
             self.client(),
             one_cube_each(chunks),
@@ -236,7 +236,7 @@ impl Cubes {
             small(TOPK_CHUNK),
         );
         let mut bytes: Vec<u8> = means.iter().flat_map(|mean| mean.to_le_bytes()).collect();
-        bytes.extend(self.read_words(&words)?.iter().flat_map(|word| word.to_le_bytes()));
+        bytes.extend(self.read(&words)?.iter().flat_map(|word| word.to_le_bytes()));
         Ok(bytes)
     }
 }

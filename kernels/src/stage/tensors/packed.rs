@@ -69,7 +69,7 @@ impl Packed {
             });
         }
         let matrix = |matrix: &Matrix| match matrix {
-            Matrix::Packed(packed) => cubes.upload_packed(packed).map_err(failed),
+            Matrix::Packed(packed) => Ok(cubes.upload_packed(packed)?),
             Matrix::Plain(_) => Err(StageError::Device {
                 reason: "a weight is not packed".to_owned(),
             }),
@@ -133,18 +133,6 @@ impl Packed {
         want: Want,
         last: bool,
     ) -> Result<Vec<f32>, StageError> {
-        self.run(shape, caches, position, x, want, last).map_err(failed)
-    }
-
-    fn run(
-        &self,
-        shape: &Shape,
-        caches: &[PackedCache],
-        position: usize,
-        x: &[f32],
-        want: Want,
-        last: bool,
-    ) -> Result<Vec<f32>, CubeError> {
         let (cubes, rows) = (&self.cubes, x.len() / shape.hidden);
         let pairs = shape.frequencies.pairs();
         let (mut cosines, mut sines) = (vec![0.0; rows * pairs], vec![0.0; rows * pairs]);
@@ -186,21 +174,23 @@ impl Packed {
                     Want::LastLogits => cubes.part(&normed, (rows - 1) * shape.hidden, shape.hidden)?,
                     _ => normed,
                 };
-                cubes.read(&cubes.multiply(&normed, projection)?)
+                Ok(cubes.read(&cubes.multiply(&normed, projection)?)?)
             }
             (None, _) | (_, Want::Hidden) => {
                 if let (Some(block), Some(added)) = (self.blocks.last(), &added) {
                     // For the sum.
                     cubes.add_and_normalise(&x, Some(added), &block.mlp_norm, shape.epsilon)?;
                 }
-                cubes.read(&x)
+                Ok(cubes.read(&x)?)
             }
         }
     }
 }
 
-fn failed(error: CubeError) -> StageError {
-    StageError::Device {
-        reason: error.to_string(),
+impl From<CubeError> for StageError {
+    fn from(error: CubeError) -> Self {
+        Self::Device {
+            reason: error.to_string(),
+        }
     }
 }

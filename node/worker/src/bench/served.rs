@@ -40,7 +40,8 @@ impl Asking {
     fn ask(mut self, prompts: &[u32], plan: Plan) -> Result<f64, BenchError> {
         let sessions = u64::from(plan.sessions);
         for session in 0..sessions {
-            let context_tokens_max = PROMPT_TOKENS + plan.decode_tokens;
+            // One token more than is counted: time begins with the first.
+            let context_tokens_max = PROMPT_TOKENS + plan.decode_tokens + 1;
             self.order(
                 session,
                 Task::OpenSession {
@@ -70,7 +71,7 @@ impl Asking {
             if *generated == 1 {
                 began.get_or_insert_with(Instant::now);
             }
-            if *generated == plan.decode_tokens {
+            if *generated > plan.decode_tokens {
                 waiting -= 1;
                 continue;
             }
@@ -78,7 +79,7 @@ impl Asking {
             self.order(session, forward(session, position, vec![chosen.token]))?;
         }
         let seconds = began.ok_or(BenchError::NoLogits)?.elapsed().as_secs_f64();
-        Ok(f64::from(plan.decode_tokens - 1) * f64::from(plan.sessions) / seconds)
+        Ok(f64::from(plan.decode_tokens) * f64::from(plan.sessions) / seconds)
     }
 
     fn order(&mut self, id: u64, task: Task) -> Result<(), BenchError> {
