@@ -53,6 +53,6 @@ pub enum QuantError {
         expected: usize,
         found: usize,
     },
-    #[error("`{text}` is not a packed type; known are F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K")]
+    #[error("`{text}` is not a packed type; known are {}", PackedType::ALL.map(PackedType::name).join(", "))]
     UnknownType { text: String },
 }
