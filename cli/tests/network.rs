@@ -104,6 +104,7 @@ fn every_kind_of_network_reaches_every_other() {
             town.node(from).last_words()
         );
     }
+    assert_eq!(town.way("no-udp", "open"), "tcp", "TCP leads straight there");
     for (from, to) in [("symmetric-a", "symmetric-b"), ("no-udp", "proxy-only")] {
         assert_eq!(
             town.way(from, to),

@@ -41,7 +41,7 @@ pub struct EchoRequest {
 pub struct EchoReport {
     /// The peer's id.
     pub peer: String,
-    /// Which way the streams go: `direct`, `punched` or `relayed`.
+    /// Which way the streams go: `direct`, `punched`, `tcp` or `relayed`.
     pub road: String,
     /// From the question to the end of the first echo, with whatever dialling it took.
     pub first_micros: u64,

@@ -108,9 +108,9 @@ pub struct PeerStatus {
 /// A connection of the data plane.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DataPathStatus {
-    /// `direct`, `punched` or `relayed`.
+    /// `direct`, `punched`, or inside a stream of the control plane: `tcp` straight, `relayed` through a gateway.
     pub road: String,
-    /// Where the peer is; none inside a relayed stream.
+    /// Where the peer is; none inside a stream.
     pub address: Option<String>,
     /// The smoothed round trip in microseconds.
     pub rtt_micros: u64,

@@ -14,6 +14,7 @@ use super::links::Road;
 use super::plane::{DataPlane, Way};
 use super::roads::{Tunnel, is_tunnel};
 use super::settings::{ADDRESSES_MAX, Class};
+use crate::control::Path;
 
 /// The head start of straight ways over a tunnel: two round trips between antipodes.
 pub(super) const STRAIGHT_FIRST: Duration = Duration::from_millis(750);
@@ -27,6 +28,9 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> TunnelStream for S {}
 pub trait Detour: Send + Sync + 'static {
     /// A tunnel to `peer`; the error is for people.
     fn open(&self, peer: NodeId) -> BoxFuture<'static, Result<Box<dyn TunnelStream>, String>>;
+
+    /// How the control plane, whose streams tunnels are, is connected to `peer`.
+    fn path(&self, peer: NodeId) -> Path;
 
     /// Whether a tunnel is likely to be the only way, so that it is tried at once.
     fn likely(&self, peer: NodeId) -> bool;
@@ -43,7 +47,7 @@ impl DataPlane {
 
     /// Carries the packets of a tunnel that `peer` opened, until it ends.
     pub fn carry<S: TunnelStream>(&self, peer: NodeId, stream: S) {
-        match self.inner.roads.open(peer) {
+        match self.inner.roads.open(peer, self.path(peer)) {
             Some(tunnel) => {
                 self.spawn(move |plane| async move { plane.carry_to_the_end(tunnel, stream).await });
             }
@@ -56,11 +60,15 @@ impl DataPlane {
         let unreachable = |tried: String| DataError::Unreachable { peer, tried };
         let detour = self.inner.detour.get().ok_or(DataError::NoAddress { peer })?;
         let stream = detour.open(peer).await.map_err(unreachable)?;
-        let tunnel = self.inner.roads.open(peer);
+        let tunnel = self.inner.roads.open(peer, detour.path(peer));
         let tunnel = tunnel.ok_or_else(|| unreachable("there are too many tunnels".to_owned()))?;
         let address = tunnel.address;
         self.spawn(move |plane| async move { plane.carry_to_the_end(tunnel, stream).await });
         Ok(address)
+    }
+
+    fn path(&self, peer: NodeId) -> Path {
+        self.inner.detour.get().map_or(Path::Relayed, |detour| detour.path(peer))
     }
 
     async fn carry_to_the_end<S: TunnelStream>(self, tunnel: Tunnel, stream: S) {

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::error::{Closing, DataError};
 use super::greeting::{Greeted, close};
-use super::roads::is_tunnel;
+use super::roads::{is_straight_tunnel, is_tunnel};
 use super::settings::{Class, LINKS_PER_PEER_MAX};
 use super::traffic::Counter;
 use crate::gate::{Admitted, Gate};
@@ -26,7 +26,9 @@ pub enum Road {
     Direct,
     /// Straight, after both routers were made to let it through.
     Punched,
-    /// Inside a stream of the control plane: through a gateway, or over TCP where UDP is blocked.
+    /// Inside a stream of the control plane that goes straight to the peer: over TCP, where UDP is blocked.
+    Tcp,
+    /// Inside a stream of the control plane that goes through a gateway.
     Relayed,
 }
 
@@ -36,8 +38,14 @@ impl Road {
         match self {
             Self::Direct => "direct",
             Self::Punched => "punched",
+            Self::Tcp => "tcp",
             Self::Relayed => "relayed",
         }
+    }
+
+    /// Whether packets travel inside a stream, so that a straight way would be better.
+    pub fn is_tunnel(self) -> bool {
+        matches!(self, Self::Tcp | Self::Relayed)
     }
 }
 
@@ -106,7 +114,7 @@ impl Links {
         let standing = self.standing();
         let links = standing.get(&(peer, class))?;
         let stands = links.iter().rev().filter(|link| link.stands());
-        stands.min_by_key(|link| link.road == Road::Relayed).cloned()
+        stands.min_by_key(|link| link.road.max(Road::Punched)).cloned()
     }
 
     /// A connection with `peer` that comes soon is the fruit of a punch.
@@ -120,7 +128,10 @@ impl Links {
     pub(super) fn road(&self, peer: NodeId, remote: SocketAddr) -> Road {
         let punched = self.punched.lock().unwrap_or_else(PoisonError::into_inner);
         match remote.ip().to_canonical() {
-            _ if is_tunnel(remote) => Road::Relayed,
+            _ if is_tunnel(remote) => match is_straight_tunnel(remote) {
+                true => Road::Tcp,
+                false => Road::Relayed,
+            },
             // A neighbour behind the same router needs no hole.
             IpAddr::V4(ip) if ip.is_private() => Road::Direct,
             _ if punched.get(&peer).is_some_and(|at| at.elapsed() < PUNCH_BEARS) => Road::Punched,
@@ -142,7 +153,7 @@ impl Links {
         links.retain(|link| link.stands());
         if links.len() >= LINKS_PER_PEER_MAX {
             // The detours go first: what they were for stands.
-            let place = links.iter().position(|link| link.road == Road::Relayed).unwrap_or(0);
+            let place = links.iter().position(|link| link.road.is_tunnel()).unwrap_or(0);
             let oldest = links.remove(place);
             close(&oldest.connection, Closing::Replaced, "too many connections");
         }

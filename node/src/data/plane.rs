@@ -22,7 +22,7 @@ use super::detour::{Detour, STRAIGHT_FIRST};
 use super::error::{Closing, DataError, StreamEnd, lost};
 use super::frames::{FrameReceiver, FrameSender, KIND_OPENING};
 use super::greeting::{self, Greeted, Greeting};
-use super::links::{Link, Links, Road};
+use super::links::{Link, Links};
 use super::roads::{Roads, is_tunnel};
 use super::settings::{
     ADDRESS_STAGGER, ADDRESSES_MAX, Class, DataConfig, ECHO_BYTES_MAX, ECHOES_MAX, HANDSHAKES_MAX,
@@ -297,7 +297,7 @@ impl DataPlane {
     /// Where peers see this node's data port. Equal answers of several peers mean that a router maps it to one port.
     pub fn seen_as(&self) -> Vec<(NodeId, SocketAddr)> {
         let links = self.inner.links.all();
-        let straight = links.iter().filter(|link| link.road != Road::Relayed);
+        let straight = links.iter().filter(|link| !link.road.is_tunnel());
         straight.map(|link| (link.admitted.node, link.seen_as)).collect()
     }
 
@@ -453,7 +453,7 @@ impl DataPlane {
             return Err(DataError::NoAddress { peer });
         }
         let link = self.race(peer, class, ways).await?;
-        if link.road == Road::Relayed
+        if link.road.is_tunnel()
             && let Some(detour) = self.inner.detour.get()
         {
             detour.taken(peer);

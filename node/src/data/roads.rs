@@ -19,6 +19,8 @@ use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
 use tokio::sync::mpsc;
 
+use crate::control::Path;
+
 /// Packets that wait for one tunnel: 370 KiB. More are dropped, as a router does, and QUIC slows down.
 const OUTBOX_MAX: usize = 256;
 
@@ -36,6 +38,9 @@ const BURST_BYTES: usize = 32 << 10;
 
 /// No tunnel carries nothing for so long: the connection inside keeps itself alive every few seconds.
 const SILENCE_MAX: std::time::Duration = std::time::Duration::from_secs(30);
+
+/// The bit of a tunnel's number that says that it goes through no gateway.
+const STRAIGHT: u32 = 0x0800_0000;
 
 /// UDP and the tunnels.
 pub(super) struct Roads {
@@ -68,6 +73,11 @@ pub(super) fn is_tunnel(address: SocketAddr) -> bool {
     number_of(address).is_some()
 }
 
+/// Whether an address is that of a tunnel that goes through no gateway.
+pub(super) fn is_straight_tunnel(address: SocketAddr) -> bool {
+    number_of(address).is_some_and(|number| number & STRAIGHT != 0)
+}
+
 fn number_of(address: SocketAddr) -> Option<u32> {
     match address.ip().to_canonical() {
         IpAddr::V4(ip) if ip.octets()[0] >= 240 && !ip.is_broadcast() => Some(ip.to_bits() & 0x0fff_ffff),
@@ -90,15 +100,17 @@ impl Roads {
         })
     }
 
-    /// Enters a new tunnel; `None` where there are too many.
-    pub(super) fn open(&self, peer: NodeId) -> Option<Tunnel> {
+    /// Enters a new tunnel, `over` a straight connection of the control plane or a relayed one; `None` where there are
+    /// too many.
+    pub(super) fn open(&self, peer: NodeId, over: Path) -> Option<Tunnel> {
         let mut tunnels = self.tunnels();
         let own = tunnels.values().filter(|(other, _)| *other == peer).count();
         if tunnels.len() >= TUNNELS_MAX || own >= TUNNELS_PER_PEER_MAX {
             return None;
         }
-        // Below the broadcast address. After 2^27 tunnels the numbers begin again, and the first have long ended.
-        let number = self.next.fetch_add(1, Ordering::Relaxed) & 0x07ff_ffff;
+        // Below the broadcast address. After 2^26 tunnels the numbers begin again, and the first have long ended.
+        let number = self.next.fetch_add(1, Ordering::Relaxed) & 0x03ff_ffff;
+        let number = if over == Path::Direct { number | STRAIGHT } else { number };
         let (sender, outbox) = mpsc::channel(OUTBOX_MAX);
         tunnels.insert(number, (peer, sender));
         let ip = Ipv4Addr::from_bits(0xf000_0000 | number);

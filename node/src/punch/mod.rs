@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::control::{ControlHandle, Path, PeerEvent};
-use crate::data::{Class, DataPlane, Detour, Road, TunnelStream};
+use crate::data::{Class, DataPlane, Detour, TunnelStream};
 use addresses::Own;
 
 /// How often the connections to gateways and this node's own addresses are looked after.
@@ -82,10 +82,12 @@ impl Detour for Around {
         .boxed()
     }
 
+    fn path(&self, peer: NodeId) -> Path {
+        self.control.peer(peer).map_or(Path::Relayed, |record| record.path)
+    }
+
     fn likely(&self, peer: NodeId) -> bool {
-        self.control
-            .peer(peer)
-            .is_none_or(|record| record.path == Path::Relayed)
+        self.path(peer) == Path::Relayed
     }
 
     fn taken(&self, peer: NodeId) {
@@ -204,7 +206,7 @@ impl Puncher {
                 },
                 _ = tick.tick() => {
                     let links = self.data.links();
-                    let around = links.iter().filter(|link| link.road == Road::Relayed).map(|link| link.peer);
+                    let around = links.iter().filter(|link| link.road.is_tunnel()).map(|link| link.peer);
                     for peer in around.collect::<BTreeSet<_>>() {
                         self.begin(peer);
                     }
@@ -215,7 +217,7 @@ impl Puncher {
 
     fn begin(self: &Arc<Self>, peer: NodeId) {
         let now = Instant::now();
-        let stands = |class| self.data.road(peer, class).is_some_and(|road| road != Road::Relayed);
+        let stands = |class| self.data.road(peer, class).is_some_and(|road| !road.is_tunnel());
         if stands(Class::Act) && (stands(Class::Bulk) || self.data.road(peer, Class::Bulk).is_none()) {
             return;
         }

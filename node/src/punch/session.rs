@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::Puncher;
 use crate::control::ControlError;
-use crate::data::{Class, Road};
+use crate::data::Class;
 
 /// Attempts in a row; each names fresh candidates.
 const ATTEMPTS: u32 = 3;
@@ -170,7 +170,7 @@ impl Puncher {
     fn is_straight(&self, peer: NodeId) -> bool {
         self.data
             .road(peer, Class::Act)
-            .is_some_and(|road| road != Road::Relayed)
+            .is_some_and(|road| !road.is_tunnel())
     }
 
     /// Waits for the peer's own dial.
