@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use support::lab::{Host, Lab, Site};
+use support::lab::{Host, Lab, Site, WORLD};
 use support::{Node, wait_for};
 
 /// Where the helper listens that is the campus's proxy.
@@ -127,8 +127,8 @@ fn a_change_of_network_heals_within_ten_seconds() {
 
     let (old, new) = (town.host("moving").number, 99);
     let began = Instant::now();
-    town.host("moving").ip(&format!("addr del 203.0.113.{old}/24 dev wan"));
-    town.host("moving").ip(&format!("addr add 203.0.113.{new}/24 dev wan"));
+    town.host("moving").ip(&format!("addr del {WORLD}.{old}/24 dev wan"));
+    town.host("moving").ip(&format!("addr add {WORLD}.{new}/24 dev wan"));
     town.echo("moving", "still");
     let there = began.elapsed();
     town.echo("still", "moving");
@@ -165,6 +165,55 @@ fn a_change_of_network_heals_within_ten_seconds() {
         began.elapsed(),
         town.node("still").last_words()
     );
+}
+
+/// A router that gives every peer another port can be asked to open one: then its nodes are met straight, and when they
+/// leave it is as closed as before.
+#[test]
+fn a_router_that_is_asked_opens_ports_until_the_node_stops() {
+    if let Err(reason) = Lab::has_program("miniupnpd") {
+        println!("skipped: no router that can be asked here: {reason}");
+        return;
+    }
+    let Some(mut town) = Town::new(1) else { return };
+    town.join("far", Site::Symmetric);
+    for (name, site, language) in [("natpmp", Site::NatPmp, "NAT-PMP"), ("upnp", Site::Upnp, "UPnP")] {
+        let began = Instant::now();
+        town.join(name, site);
+        town.meets_gateways(name);
+        let words = wait_for("the router to open ports", MEET_TIME_MAX, || {
+            let words = town.finding(name, "router")?["words"].as_str()?.to_owned();
+            words.contains("has opened").then_some(words)
+        });
+        println!(
+            "{name}: {words}, {:.1} s after its start",
+            began.elapsed().as_secs_f64()
+        );
+        assert!(
+            words.contains(&format!("TCP 4001, UDP 4001, UDP 4002 over {language}")),
+            "{words}"
+        );
+        let address = town.finding(name, "address").unwrap();
+        assert_eq!(address["health"], "good", "{address}");
+        assert_eq!(town.host(name).opened().len(), 3, "{:?}", town.host(name).opened());
+
+        town.meets_gateways("far");
+        town.echo("far", name);
+        let later = town.way_later("far", name, 15);
+        println!("far to {name}: {later}");
+        let peer = town.peer("far", name).unwrap();
+        assert_eq!(
+            peer["data_path"]["road"],
+            "direct",
+            "{peer}\n{}",
+            town.node("far").last_words()
+        );
+        let mapped = format!("{WORLD}.{}:4002", town.host(name).number);
+        assert_eq!(peer["data_path"]["address"], mapped, "{peer}");
+
+        town.node_mut(name).leave();
+        assert_eq!(town.host(name).opened(), Vec::<String>::new(), "{name} has left");
+    }
 }
 
 /// The campus's proxy: CONNECT to port 443 and nothing else. Not a test: the laboratory starts it in a router.
@@ -290,6 +339,11 @@ impl Town {
         &found.expect("a member").0
     }
 
+    fn node_mut(&mut self, name: &str) -> &mut Node {
+        let found = self.nodes.iter_mut().find(|(node, _)| node.name == name);
+        &mut found.expect("a member").0
+    }
+
     fn host(&self, name: &str) -> &Host {
         let found = self.nodes.iter().find(|(node, _)| node.name == name);
         &found.expect("a member").1
@@ -339,14 +393,24 @@ impl Town {
         })
     }
 
+    /// What `polder doctor` on a node says of something.
+    fn finding(&self, name: &str, what: &str) -> Option<Value> {
+        let findings = self.node(name).verb(&["doctor"])["findings"].clone();
+        let found = findings.as_array()?.iter().find(|finding| finding["what"] == what);
+        found.cloned()
+    }
+
+    /// What one member says of another.
+    fn peer(&self, from: &str, to: &str) -> Option<Value> {
+        let peers = self.node(from).verb(&["peers"])["peers"].clone();
+        let id = self.ids[to].as_str();
+        peers.as_array()?.iter().find(|peer| peer["node"] == id).cloned()
+    }
+
     /// The way that data goes from one member to another.
     fn way(&self, from: &str, to: &str) -> String {
-        let peers = self.node(from).verb(&["peers"])["peers"].clone();
-        let peer = peers
-            .as_array()
-            .and_then(|peers| peers.iter().find(|peer| peer["node"] == self.ids[to].as_str()))
-            .cloned();
-        peer.and_then(|peer| peer["data_path"]["road"].as_str().map(str::to_owned))
+        self.peer(from, to)
+            .and_then(|peer| peer["data_path"]["road"].as_str().map(str::to_owned))
             .unwrap_or_else(|| "none".into())
     }
 

@@ -10,6 +10,7 @@ pub mod control;
 pub mod data;
 pub mod enrol;
 pub mod gate;
+pub mod mapping;
 pub mod members;
 mod neighbourhood;
 pub mod punch;

@@ -5,6 +5,7 @@
 //! sends, map the host to another port, and so spoil every punch.
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
@@ -12,6 +13,10 @@ use std::time::Duration;
 
 /// What one command that sets up a network may take.
 const COMMAND_TIME_MAX: Duration = Duration::from_secs(20);
+
+/// The first three numbers of the world's addresses. Radio amateurs keep them for tests. Those that are set apart for
+/// documentation will not do: routers know that nobody can be reached there.
+pub(crate) const WORLD: &str = "44.128.0";
 
 /// What all names begin with, followed by the process that made them.
 const PREFIX: &str = "polder-lab-";
@@ -25,6 +30,10 @@ pub(crate) enum Site {
     Cone,
     /// A router that takes another port for every peer.
     Symmetric,
+    /// As `Symmetric`, and opens ports when it is asked in NAT-PMP or PCP.
+    NatPmp,
+    /// As `Symmetric`, and opens ports when it is asked over UPnP.
+    Upnp,
     /// As `Cone`, and UDP does not pass.
     UdpBlocked,
     /// Nothing passes; a proxy on 3128 opens tunnels to port 443.
@@ -51,6 +60,8 @@ pub(crate) struct Lab {
     namespaces: Vec<String>,
     helpers: Vec<Child>,
     hosts: u8,
+    /// Settings of helpers.
+    folder: tempfile::TempDir,
 }
 
 impl Lab {
@@ -64,6 +75,7 @@ impl Lab {
             namespaces: Vec::new(),
             helpers: Vec::new(),
             hosts: 0,
+            folder: tempfile::tempdir().map_err(|error| error.to_string())?,
         };
         try_run("nft", &["--version"])?;
         let world = lab.namespace("world")?;
@@ -85,14 +97,14 @@ impl Lab {
         let namespace = self.namespace(name)?;
         let router = match site {
             Site::Open | Site::Ipv6Only => None,
-            Site::Cone | Site::Symmetric | Site::UdpBlocked | Site::ProxyOnly => {
+            Site::Cone | Site::Symmetric | Site::NatPmp | Site::Upnp | Site::UdpBlocked | Site::ProxyOnly => {
                 Some(self.namespace(&format!("{name}-router"))?)
             }
         };
         let outer = router.as_ref().unwrap_or(&namespace);
         self.attach(outer, number)?;
         if site != Site::Ipv6Only {
-            ip_in(outer, &format!("addr add 203.0.113.{number}/24 dev wan"))?;
+            ip_in(outer, &format!("addr add {WORLD}.{number}/24 dev wan"))?;
         }
         if router.is_none() {
             ip_in(outer, &format!("addr add 2001:db8::{number}/64 dev wan nodad"))?;
@@ -109,6 +121,9 @@ impl Lab {
             ip_in(&namespace, &format!("route add default via 192.168.{number}.1"))?;
             within(router, "sysctl", &["-qw", "net.ipv4.ip_forward=1"])?;
             feed(router, "nft", &["-f", "-"], &rules(site))?;
+            if matches!(site, Site::NatPmp | Site::Upnp) {
+                self.opener(router, site, number)?;
+            }
         }
         Ok(Host {
             namespace,
@@ -132,6 +147,45 @@ impl Lab {
             .stdin(Stdio::piped())
             .stdout(Stdio::null());
         self.helpers.push(command.spawn().unwrap());
+    }
+
+    /// Whether a program is here, which a test needs; the error says how it may come here.
+    pub(crate) fn has_program(name: &str) -> Result<(), String> {
+        let folders = std::env::var_os("PATH").unwrap_or_default();
+        let here = std::env::split_paths(&folders)
+            .chain([PathBuf::from("/usr/sbin")])
+            .any(|folder| folder.join(name).exists());
+        here.then_some(())
+            .ok_or_else(|| format!("there is no {name} (on Debian: apt-get install {name}-nftables)"))
+    }
+
+    /// Starts what opens ports on request in a router.
+    fn opener(&mut self, router: &str, site: Site, number: u8) -> Result<(), String> {
+        let folder = self.folder.path();
+        let settings = folder.join(format!("miniupnpd-{number}.conf"));
+        let answers = |wanted: Site| if site == wanted { "yes" } else { "no" };
+        let lines = format!(
+            "ext_ifname=wan\nlistening_ip=lan\nport=0\nenable_natpmp={}\nenable_upnp={}\nsecure_mode=yes\n\
+             min_lifetime=120\nmax_lifetime=86400\nuuid=5c2b5b3e-0000-4000-8000-{number:012}\n\
+             upnp_table_name=opened\nupnp_nat_table_name=opened\nupnp_forward_chain=passing\n\
+             upnp_nat_chain=entering\nupnp_nat_postrouting_chain=leaving\n\
+             allow 1024-65535 192.168.{number}.0/24 1024-65535\n",
+            answers(Site::NatPmp),
+            answers(Site::Upnp),
+        );
+        std::fs::write(&settings, lines).map_err(|error| error.to_string())?;
+        let mut command = Command::new("ip");
+        command
+            .args(["netns", "exec", router, "miniupnpd", "-d", "-f"])
+            .arg(&settings);
+        command
+            .arg("-P")
+            .arg(folder.join(format!("miniupnpd-{number}.pid")))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        self.helpers.push(command.spawn().map_err(|error| error.to_string())?);
+        Ok(())
     }
 
     fn namespace(&mut self, name: &str) -> Result<String, String> {
@@ -167,6 +221,16 @@ impl Drop for Lab {
 }
 
 impl Host {
+    /// The rules by which the host's router leads ports from outside to it.
+    pub(crate) fn opened(&self) -> Vec<String> {
+        let router = self.router.as_ref().expect("a site with a router");
+        let arguments = ["netns", "exec", router, "nft", "list", "ruleset"];
+        let output = try_run("ip", &arguments).unwrap_or_else(|error| panic!("{error}"));
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let rules = text.lines().filter(|line| line.contains("dnat ip to"));
+        rules.map(|line| line.trim().to_owned()).collect()
+    }
+
     /// Runs `ip` with these words in the host's namespace.
     pub(crate) fn ip(&self, words: &str) {
         ip_in(&self.namespace, words).unwrap_or_else(|error| panic!("ip {words}: {error}"));
@@ -189,7 +253,7 @@ fn sweep() {
 
 fn rules(site: Site) -> String {
     let masquerade = match site {
-        Site::Symmetric => "masquerade fully-random",
+        Site::Symmetric | Site::NatPmp | Site::Upnp => "masquerade fully-random",
         _ => "masquerade",
     };
     let first = match site {
@@ -212,7 +276,16 @@ fn rules(site: Site) -> String {
             chain passing {{ type filter hook forward priority 0; policy drop;
                 {first}
                 iifname \"lan\" oifname \"wan\" accept
+                ct status dnat accept
                 ct state established,related accept
+            }}
+        }}
+        table inet opened {{
+            chain passing {{ }}
+            chain entering {{ }}
+            chain leaving {{ }}
+            chain before_entering {{ type nat hook prerouting priority -100; policy accept;
+                jump entering
             }}
         }}
         "

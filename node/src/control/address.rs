@@ -10,6 +10,7 @@ use polder_protocol::wire::ADDRESSES_MAX;
 use socket2::{Domain, Socket, Type};
 
 use super::ControlError;
+use crate::mapping::{Carries, Opened, Port};
 
 /// The node's key as libp2p holds it.
 pub(super) fn keypair(seed: [u8; 32]) -> Result<Keypair, ControlError> {
@@ -85,7 +86,7 @@ pub(super) fn is_of_this_machine_alone(ip: IpAddr) -> bool {
 }
 
 /// Which of this machine's addresses packets to `remote` bear. Nothing is sent.
-pub(super) fn source_for(remote: IpAddr) -> Option<IpAddr> {
+pub(crate) fn source_for(remote: IpAddr) -> Option<IpAddr> {
     let any: SocketAddr = match remote {
         IpAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
         IpAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
@@ -105,6 +106,30 @@ pub(super) fn ip_of(address: &Multiaddr) -> Option<IpAddr> {
         Protocol::Ip6(ip) => Some(IpAddr::V6(ip)),
         _ => None,
     })
+}
+
+/// The port of a plain TCP or QUIC listener over IPv4 that others than this machine may reach.
+pub(super) fn port_of(address: &Multiaddr) -> Option<Port> {
+    let mut parts = address.iter();
+    match parts.next()? {
+        Protocol::Ip4(ip) if !ip.is_loopback() => {}
+        _ => return None,
+    }
+    let (carries, number) = match (parts.next()?, parts.next()) {
+        (Protocol::Tcp(number), None) => (Carries::Tcp, number),
+        (Protocol::Udp(number), Some(Protocol::QuicV1)) => (Carries::Udp, number),
+        _ => return None,
+    };
+    Some(Port { carries, number })
+}
+
+/// Where a port of the control plane is found that a router has opened.
+pub(super) fn mapped_address(opened: &Opened) -> Multiaddr {
+    let (ip, number) = (opened.external.ip(), opened.external.port());
+    match opened.port.carries {
+        Carries::Tcp => Multiaddr::from(ip).with(Protocol::Tcp(number)),
+        Carries::Udp => Multiaddr::from(ip).with(Protocol::Udp(number)).with(Protocol::QuicV1),
+    }
 }
 
 /// Where a peer's data plane may answer: what it said, an unspecified address completed with the one it is seen at,

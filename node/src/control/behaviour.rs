@@ -10,7 +10,7 @@ use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::{
     Multiaddr, PeerId, StreamProtocol, Swarm, SwarmBuilder, Transport, autonat, connection_limits, dcutr, dns,
-    gossipsub, identify, kad, mdns, memory_connection_limits, noise, ping, quic, relay, request_response, tcp, upnp,
+    gossipsub, identify, kad, mdns, memory_connection_limits, noise, ping, quic, relay, request_response, tcp,
     websocket, yamux,
 };
 use polder_protocol::wire::GOSSIP_BYTES_MAX;
@@ -73,7 +73,6 @@ pub(super) struct Behaviour {
     pub(super) gossip: Door<gossipsub::Behaviour>,
     pub(super) kad: Door<kad::Behaviour<kad::store::MemoryStore>>,
     pub(super) mdns: Toggle<mdns::tokio::Behaviour>,
-    pub(super) upnp: Toggle<upnp::tokio::Behaviour>,
     pub(super) relay_client: relay::client::Behaviour,
     pub(super) relay_server: Toggle<relay::Behaviour>,
     pub(super) dcutr: dcutr::Behaviour,
@@ -188,7 +187,6 @@ fn behaviour(
         gossip: Door::before(gossip(key)?),
         kad: Door::before(kademlia(peer, config)),
         mdns: mdns.into(),
-        upnp: config.upnp.then(upnp::tokio::Behaviour::default).into(),
         relay_client,
         relay_server: config.relay_server.then(|| relay_server(peer, shared)).into(),
         dcutr: dcutr::Behaviour::new(peer),

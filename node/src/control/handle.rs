@@ -10,10 +10,11 @@ use polder_protocol::hash::NodeId;
 use polder_protocol::wire::{CONTROL_BYTES_MAX, CREDENTIALS_BYTES_MAX, GOSSIP_BYTES_MAX, Service};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use super::address::{ip_of, multiaddresses, node_of, peer_of};
+use super::address::{ip_of, mapped_address, multiaddresses, node_of, peer_of, port_of};
 use super::shared::{Shared, lock};
 use super::{Circles, ControlError, Gossip, Incoming, Path, PeerEvent, PeerRecord, REQUEST_DEADLINE};
 use crate::gate::AddressBook;
+use crate::mapping::{Opened, Port};
 
 /// Requests of one service that may wait for it; more are answered with "busy".
 const INCOMING_MAX: usize = 128;
@@ -51,6 +52,9 @@ pub(super) enum Command {
         topic: String,
     },
     Reintroduce,
+    Mapped {
+        addresses: Vec<Multiaddr>,
+    },
     Circles {
         answer: oneshot::Sender<Circles>,
     },
@@ -270,6 +274,22 @@ impl ControlHandle {
     pub async fn set_data_addresses(&self, addresses: Vec<SocketAddr>) {
         *lock(&self.shared.data_addresses) = addresses;
         self.reintroduce().await;
+    }
+
+    /// The TCP and QUIC ports on which the control plane listens beyond this machine, each once.
+    pub fn own_ports(&self) -> Vec<Port> {
+        let own = multiaddresses(&self.listen_addresses()).unwrap_or_default();
+        let mut ports: Vec<Port> = own.iter().filter_map(port_of).collect();
+        ports.sort();
+        ports.dedup();
+        ports
+    }
+
+    /// Says at which ports of a router the control plane answers, in place of those that were said before.
+    pub async fn set_mapped(&self, opened: Vec<Opened>) {
+        let addresses = opened.iter().map(mapped_address).collect();
+        // A stopped control plane has nobody to tell.
+        let _ = self.send(Command::Mapped { addresses }).await;
     }
 
     /// Greets all members again, after this node's credentials or addresses have changed.

@@ -32,7 +32,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::gate::{Admitted, Gate};
-pub(crate) use address::{is_multiaddress, is_public};
+pub(crate) use address::{is_multiaddress, is_public, source_for};
 pub use handle::{ControlHandle, Tunnels};
 pub use ways::{Proxy, ProxyError};
 
@@ -52,8 +52,6 @@ pub struct ControlConfig {
     pub bootstrap: Vec<(NodeId, Vec<String>)>,
     /// Find members on the local network.
     pub mdns: bool,
-    /// Ask the router to map ports.
-    pub upnp: bool,
     /// The proxy through which TCP leaves for public addresses.
     pub proxy: Option<Proxy>,
     /// Carry connections for members that nobody can reach, and keep a routing table for others.
@@ -76,7 +74,6 @@ impl ControlConfig {
             external: Vec::new(),
             bootstrap: Vec::new(),
             mdns: false,
-            upnp: false,
             proxy: None,
             relay_server: false,
             data_addresses: Vec::new(),

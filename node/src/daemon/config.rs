@@ -37,8 +37,10 @@ pub struct Config {
     pub bootstrap: Vec<String>,
     /// Find members on the local network by multicast DNS.
     pub mdns: bool,
-    /// Ask the router for port mappings.
-    pub upnp: bool,
+    /// Ask the router before this machine to open the node's ports (NAT-PMP, PCP, UPnP), so that others reach it straight.
+    /// A router that is not meant to do so refuses.
+    #[serde(alias = "upnp")]
+    pub map_ports: bool,
     /// The most bytes per second that leave this node as blobs, to everybody together; 0 is no limit.
     pub upload_bytes_per_second: u64,
     /// The same, to the members of one institution.
@@ -75,7 +77,7 @@ impl Default for Config {
             proxy: String::new(),
             bootstrap: Vec::new(),
             mdns: true,
-            upnp: false,
+            map_ports: true,
             upload_bytes_per_second: 0,
             upload_bytes_per_second_to_each_institution: 0,
             device: "auto".into(),

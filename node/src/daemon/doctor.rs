@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Shared;
 use crate::control::{Path as Way, PeerRecord, is_public};
+use crate::mapping::{Carries, Mapping};
 
 /// What `df` may take: a network drive that hangs must not hang the answer.
 const DISK_TIME_MAX: Duration = Duration::from_secs(3);
@@ -72,6 +73,7 @@ impl Shared {
             self.tcp(&gateways),
             self.udp(&gateways),
             self.relay(&gateways),
+            self.address(),
             self.router(),
         ];
         findings.extend([
@@ -156,7 +158,7 @@ impl Shared {
         }
     }
 
-    fn router(&self) -> Finding {
+    fn address(&self) -> Finding {
         let own = self.puncher.own();
         let seen = own
             .seen
@@ -167,6 +169,15 @@ impl Shared {
         let port = self.data.local_address().port();
         let inside = self.control.own_ips().into_iter().find(|ip| !ip.is_loopback());
         let inside = inside.map_or_else(|| "this machine".to_owned(), |ip| ip.to_string());
+        let mapping = self.mapper.mapping();
+        let opened = mapping
+            .opened()
+            .iter()
+            .find(|one| one.port.carries == Carries::Udp && one.port.number == port);
+        if let Some(opened) = opened {
+            let words = format!("behind a router that has opened {} for it", opened.external);
+            return Finding::new("address", Health::Good, words);
+        }
         match own.standing {
             _ if own.seen.is_empty() => Finding::new("address", Health::Fair, "nobody has told how this node is seen from outside"),
             Standing::Public => Finding::new("address", Health::Good, format!("public: {seen}")),
@@ -184,6 +195,30 @@ impl Shared {
                 "Please forward UDP port {port} to {inside} port {port}, or let the router keep source ports for it \
                  (endpoint-independent mapping)."
             )),
+        }
+    }
+
+    fn router(&self) -> Finding {
+        let good = |words: String| Finding::new("router", Health::Good, words);
+        match self.mapper.mapping() {
+            Mapping::Off => good("is not asked to open ports (`map_ports` in config.toml)".to_owned()),
+            Mapping::NotNeeded => good("none stands before this machine that could be asked to open ports".to_owned()),
+            Mapping::Asking => Finding::new("router", Health::Fair, "is being asked to open ports"),
+            Mapping::Open {
+                language,
+                router,
+                opened,
+            } => {
+                let opened = opened.iter().map(|one| match one.port.carries {
+                    Carries::Tcp => format!("TCP {}", one.external.port()),
+                    Carries::Udp => format!("UDP {}", one.external.port()),
+                });
+                let opened = opened.collect::<Vec<_>>().join(", ");
+                good(format!("{router} has opened {opened} over {}", language.name()))
+            }
+            Mapping::Closed { reason } => {
+                Finding::new("router", Health::Fair, format!("opens no ports by itself: {reason}"))
+            }
         }
     }
 

@@ -43,6 +43,7 @@ use crate::directory::{self, DirectoryHandle};
 use crate::enrol::EnrolError;
 use crate::gate::{AddressBook, Gate};
 use crate::home::{Home, HomeError, HomeLock, KnownPeer, random_32};
+use crate::mapping::{self, Mapper};
 use crate::members::{Members, MembersError, unix_now};
 use crate::punch;
 use crate::serve::{self, ServeConfig, ServeHandle};
@@ -129,6 +130,7 @@ pub(crate) struct Shared {
     pub(crate) control: ControlHandle,
     pub(crate) data: DataPlane,
     pub(crate) puncher: Arc<punch::Puncher>,
+    pub(crate) mapper: Mapper,
     pub(crate) rates: Arc<rates::Rates>,
     pub(crate) device: Device,
     pub(crate) train: TrainHandle,
@@ -221,6 +223,13 @@ impl Daemon {
             config.external_data.clone(),
             stop.clone(),
         );
+        let mapper = mapping::start(
+            config.map_ports,
+            control.clone(),
+            data.clone(),
+            Arc::clone(&puncher),
+            stop.clone(),
+        );
         let directory = directory::start(
             control.clone(),
             KeyPair::from_seed(&key.seed()),
@@ -249,6 +258,7 @@ impl Daemon {
             control,
             data,
             puncher,
+            mapper,
             rates,
             device,
             train,
@@ -290,11 +300,14 @@ impl Daemon {
         self.shared.stop.cancel();
         self.shared.acquaintances.remember(&self.shared.control, unix_now());
         let stopping = async {
-            self.shared.serve.stop();
-            self.shared.train.shutdown().await;
-            self.shared.directory.shutdown().await;
-            self.shared.control.clone().shutdown().await;
-            self.shared.data.shutdown().await;
+            let planes = async {
+                self.shared.serve.stop();
+                self.shared.train.shutdown().await;
+                self.shared.directory.shutdown().await;
+                self.shared.control.clone().shutdown().await;
+                self.shared.data.shutdown().await;
+            };
+            tokio::join!(self.shared.mapper.closed(), planes);
         };
         if tokio::time::timeout(STOP_TIME_MAX, stopping).await.is_err() {
             tracing::warn!("some of the node did not stop in time; everything that was acknowledged is on disk");
@@ -366,7 +379,6 @@ async fn start_control(
     plane.external.clone_from(&config.external);
     plane.bootstrap = bootstrap;
     plane.mdns = config.mdns;
-    plane.upnp = config.upnp;
     plane.relay_server = members.capabilities().has(Capabilities::RELAY);
     plane.data_addresses = if config.external_data.is_empty() {
         vec![data.local_address()]

@@ -68,7 +68,10 @@ impl DataPlane {
     }
 
     fn path(&self, peer: NodeId) -> Path {
-        self.inner.detour.get().map_or(Path::Relayed, |detour| detour.path(peer))
+        self.inner
+            .detour
+            .get()
+            .map_or(Path::Relayed, |detour| detour.path(peer))
     }
 
     async fn carry_to_the_end<S: TunnelStream>(self, tunnel: Tunnel, stream: S) {

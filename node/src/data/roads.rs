@@ -110,7 +110,11 @@ impl Roads {
         }
         // Below the broadcast address. After 2^26 tunnels the numbers begin again, and the first have long ended.
         let number = self.next.fetch_add(1, Ordering::Relaxed) & 0x03ff_ffff;
-        let number = if over == Path::Direct { number | STRAIGHT } else { number };
+        let number = if over == Path::Direct {
+            number | STRAIGHT
+        } else {
+            number
+        };
         let (sender, outbox) = mpsc::channel(OUTBOX_MAX);
         tunnels.insert(number, (peer, sender));
         let ip = Ipv4Addr::from_bits(0xf000_0000 | number);

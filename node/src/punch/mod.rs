@@ -18,7 +18,7 @@ use futures::future::BoxFuture;
 use polder_protocol::charter::Capabilities;
 use polder_protocol::hash::NodeId;
 use polder_protocol::wire::Service;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -46,6 +46,7 @@ pub struct Puncher {
     data: DataPlane,
     /// What the operator says, in place of what is found out.
     told: Vec<SocketAddr>,
+    look_now: Notify,
     state: Mutex<State>,
 }
 
@@ -56,6 +57,8 @@ struct State {
     busy: BTreeSet<NodeId>,
     /// Peers that are left alone for a while: how often it failed, and until when.
     paused: BTreeMap<NodeId, (u32, Instant)>,
+    /// Where a router has opened the data port.
+    mapped: Vec<SocketAddr>,
     /// Offers of initiators: nonce and candidates.
     offers: BTreeMap<NodeId, (u64, Vec<SocketAddr>)>,
 }
@@ -107,6 +110,7 @@ pub fn start(control: ControlHandle, data: DataPlane, told: Vec<SocketAddr>, sto
         control,
         data,
         told,
+        look_now: Notify::new(),
         state: Mutex::default(),
     });
     let tasks = [
@@ -131,6 +135,12 @@ impl Puncher {
     /// How this node is seen from outside.
     pub fn own(&self) -> Own {
         self.state().own.clone()
+    }
+
+    /// Says where a router has opened the data port, in place of what was said before.
+    pub fn set_mapped(&self, mapped: Vec<SocketAddr>) {
+        self.state().mapped = mapped;
+        self.look_now.notify_one();
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -162,6 +172,7 @@ impl Puncher {
         loop {
             tokio::select! {
                 _ = tick.tick() => {}
+                () = self.look_now.notified() => {}
                 event = events.recv() => match event {
                     Ok(PeerEvent::Joined(_)) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
                     Ok(_) => continue,
@@ -178,7 +189,12 @@ impl Puncher {
                     let _ = self.data.connect(gateway.node, Class::Act).await;
                 }
             }
-            let own = Own::find(&self.control, &self.data, &self.told);
+            let told = if self.told.is_empty() {
+                self.state().mapped.clone()
+            } else {
+                self.told.clone()
+            };
+            let own = Own::find(&self.control, &self.data, &told);
             let changed = {
                 let mut state = self.state();
                 let changed = state.own != own;

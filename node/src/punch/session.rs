@@ -168,9 +168,7 @@ impl Puncher {
     }
 
     fn is_straight(&self, peer: NodeId) -> bool {
-        self.data
-            .road(peer, Class::Act)
-            .is_some_and(|road| !road.is_tunnel())
+        self.data.road(peer, Class::Act).is_some_and(|road| !road.is_tunnel())
     }
 
     /// Waits for the peer's own dial.

@@ -68,6 +68,7 @@ impl Driver {
                 let members: Vec<NodeId> = self.meetings.present.keys().copied().collect();
                 members.into_iter().for_each(|node| self.greet(node));
             }
+            Command::Mapped { addresses } => self.on_mapped(addresses, Instant::now()),
             Command::Circles { answer } => {
                 let behaviour = self.swarm.behaviour_mut();
                 let buckets = behaviour.kad.kbuckets();

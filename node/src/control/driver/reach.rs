@@ -43,6 +43,8 @@ pub(super) struct Reach {
     around: BTreeMap<NodeId, (Instant, Vec<Multiaddr>)>,
     /// Dials that have neither arrived nor failed.
     under_way: BTreeMap<NodeId, u32>,
+    /// Ports of a router that lead here.
+    mapped: Vec<Multiaddr>,
     /// When to tell the others of new addresses.
     changed: Option<Instant>,
     /// Addresses that this machine has lost since it last told.
@@ -58,6 +60,7 @@ impl Reach {
             relays_lost: 0,
             around: BTreeMap::new(),
             under_way: BTreeMap::new(),
+            mapped: Vec::new(),
             changed: None,
             lost: BTreeSet::new(),
         }
@@ -202,6 +205,18 @@ impl Driver {
         } else if self.reach.is_relay && is_worth_telling(&address) {
             // Reservations carry the gateway's addresses, so it has to know them.
             self.swarm.add_external_address(address);
+        }
+        self.reach.changed = Some(now + CHANGE_SETTLES);
+    }
+
+    /// A router has opened these ports, and no others any more.
+    pub(super) fn on_mapped(&mut self, addresses: Vec<Multiaddr>, now: Instant) {
+        let before = std::mem::replace(&mut self.reach.mapped, addresses);
+        for closed in before.iter().filter(|address| !self.reach.mapped.contains(address)) {
+            self.swarm.remove_external_address(closed);
+        }
+        for opened in self.reach.mapped.iter().filter(|address| !before.contains(address)) {
+            self.swarm.add_external_address(opened.clone());
         }
         self.reach.changed = Some(now + CHANGE_SETTLES);
     }
