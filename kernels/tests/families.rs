@@ -1,40 +1,21 @@
 //! What every family must do besides computing the right numbers: one position at a time, packed, imported, exported.
 
+mod imported_case;
 mod settings;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use imported_case::{CASES, Case, logits};
 use polder_kernels::device::Device;
 use polder_kernels::model::{Config, layout};
-use polder_kernels::stage::{Input, Output, ServeStage, StageError, Step, Want};
+use polder_kernels::stage::{Input, StageError, Step, Want};
 use polder_kernels::train::{TrainData, TrainStage, initial_parameters};
-use polder_kernels::weights::{Exported, ImportedModel, Vectors, export, import};
+use polder_kernels::weights::{Exported, Vectors, export, import};
 use polder_protocol::layout::BlockRange;
 use polder_protocol::run::Inner;
 use polder_protocol::work::Weights;
 use serde_json::{Value, json};
 use settings::inner;
-
-const CASES: [&str; 18] = [
-    "llama_rope_llama3",
-    "llama_tied_sharded",
-    "mistral_sliding",
-    "ministral3_yarn",
-    "qwen2_bias",
-    "qwen3_qknorm",
-    "smollm3_nope",
-    "apertus_xielu",
-    "nemotron_dense",
-    "gemma3_text",
-    "mixtral_moe",
-    "qwen3_moe",
-    "deepseek_v2_lite",
-    "deepseek_v3",
-    "mistral4_mla",
-    "nemotron_h_moe",
-    "deepseek_v3_fp8",
-    "deepseek_v32_dsa",
-];
 
 #[test]
 fn positions_one_by_one_give_the_bits_of_a_prefill() {
@@ -226,64 +207,4 @@ fn no_value_in_a_configuration_makes_its_reading_panic() {
         }
     }
     assert!(read > 1_000 && refused > 1_000, "{read} {refused}");
-}
-
-struct Case {
-    name: &'static str,
-    config: Config,
-    model: ImportedModel,
-    folder: tempfile::TempDir,
-}
-
-impl Case {
-    fn import(name: &'static str) -> Self {
-        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
-        let folder = tempfile::tempdir().unwrap();
-        let source = folder.path().join("source");
-        std::fs::create_dir(&source).unwrap();
-        for entry in std::fs::read_dir(golden).unwrap() {
-            let path: PathBuf = entry.unwrap().path();
-            let file = path.file_name().unwrap();
-            if file.to_str().unwrap().starts_with("model") || file == "config.json" {
-                std::fs::copy(&path, source.join(file)).unwrap();
-            }
-        }
-        std::fs::write(source.join("tokenizer.json"), polder_kernels::text::bytes()).unwrap();
-        let model = import(&source, &folder.path().join("imported"), &mut |_| {});
-        let model = model.unwrap_or_else(|error| panic!("{name}: {error:?}"));
-        Self {
-            name,
-            config: Config::from_json(&model.config_json).unwrap(),
-            model,
-            folder,
-        }
-    }
-
-    fn tokens(&self, count: u32) -> Vec<u32> {
-        (0..count)
-            .map(|i| (i * 37 + 5) % self.config.vocabulary as u32)
-            .collect()
-    }
-
-    /// The whole model, with a session of 256 positions.
-    fn stage(&self, weights: Weights) -> ServeStage {
-        let range = BlockRange::whole(self.config.blocks);
-        let stage = ServeStage::load(
-            &self.model.config_json,
-            range,
-            &self.model.part_files,
-            weights,
-            &Device::cpu(),
-        );
-        let mut stage = stage.unwrap_or_else(|error| panic!("{}: {error}", self.name));
-        stage.open_session(1, 256).unwrap();
-        stage
-    }
-}
-
-fn logits(output: Result<Output, StageError>) -> Vec<f32> {
-    match output.unwrap() {
-        Output::Logits(logits) => logits,
-        Output::Hidden(_) => panic!("a whole model gives logits"),
-    }
 }

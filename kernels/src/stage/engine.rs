@@ -14,7 +14,7 @@ use crate::model::Config;
 /// A stage's weights and its sessions' caches.
 #[derive(Debug)]
 pub(super) enum Engine {
-    Cpu(cpu::Engine, BTreeMap<u64, cpu::Sequence>),
+    Cpu(cpu::Engine, cpu::Sessions),
     Tensors(tensors::Engine, BTreeMap<u64, tensors::Sequence>),
 }
 
@@ -41,7 +41,8 @@ impl Engine {
             }
         }
         let engine = cpu::Engine::new(config.clone(), range, read);
-        Ok(Self::Cpu(engine, BTreeMap::new()))
+        let sessions = cpu::Sessions::of(&engine);
+        Ok(Self::Cpu(engine, sessions))
     }
 
     /// Bytes that the weights take.
@@ -60,13 +61,25 @@ impl Engine {
         }
     }
 
+    /// Sets how many bytes the caches of all sessions may take together.
+    pub(super) fn set_cache_bytes_max(&mut self, bytes: u64) {
+        if let Self::Cpu(_, sessions) = self {
+            sessions.set_bytes_max(bytes);
+        }
+    }
+
+    /// Bytes that caches take now; `None` where that is not known.
+    pub(super) fn cache_bytes(&self) -> Option<u64> {
+        match self {
+            Self::Cpu(_, sessions) => Some(sessions.bytes()),
+            Self::Tensors(..) => None,
+        }
+    }
+
     /// Makes room for `capacity` positions of a session that is not open; `bytes` are what they take.
     pub(super) fn open(&mut self, session: u64, capacity: usize, bytes: u64) -> Result<(), StageError> {
         match self {
-            Self::Cpu(engine, sequences) => {
-                let sequence = engine.sequence(capacity);
-                sequences.insert(session, sequence.ok_or(StageError::Memory { bytes, free: 0 })?);
-            }
+            Self::Cpu(engine, sessions) => sessions.open(engine, session),
             Self::Tensors(engine, sequences) => {
                 sequences.insert(session, engine.sequence(capacity, bytes)?);
             }
@@ -74,35 +87,67 @@ impl Engine {
         Ok(())
     }
 
+    /// As [`Engine::open`], going on from the first `positions` of another session, which has `reached` so many if it is
+    /// open. Tells how many positions were taken over. Only the CPU shares them.
+    pub(super) fn open_from(
+        &mut self,
+        session: u64,
+        capacity: usize,
+        bytes: u64,
+        from: u64,
+        reached: usize,
+        positions: usize,
+    ) -> Result<usize, StageError> {
+        match self {
+            Self::Cpu(engine, sessions) => Ok(sessions.open_from(engine, session, from, reached, positions)),
+            Self::Tensors(..) => self.open(session, capacity, bytes).map(|()| 0),
+        }
+    }
+
     /// Frees a session's room.
     pub(super) fn close(&mut self, session: u64) {
         match self {
-            Self::Cpu(_, sequences) => drop(sequences.remove(&session)),
+            Self::Cpu(_, sessions) => sessions.close(session),
             Self::Tensors(_, sequences) => drop(sequences.remove(&session)),
+        }
+    }
+
+    /// Ends a session of `reached` positions, which the CPU keeps until there is need of the room.
+    pub(super) fn end(&mut self, session: u64, reached: usize) {
+        match self {
+            Self::Cpu(_, sessions) => sessions.end(session, reached),
+            Self::Tensors(..) => self.close(session),
+        }
+    }
+
+    /// Frees what a session holds from `position` on, where it is held in pages.
+    pub(super) fn truncate(&mut self, session: u64, position: usize) {
+        if let Self::Cpu(_, sessions) = self {
+            sessions.truncate(session, position);
         }
     }
 
     /// The earliest position, besides zero, from which a session can go on.
     pub(super) fn earliest(&self, session: u64) -> usize {
         match self {
-            Self::Cpu(_, sequences) => sequences.get(&session).map_or(0, cpu::Sequence::earliest),
+            Self::Cpu(_, sessions) => sessions.earliest(session),
             Self::Tensors(..) => 0,
         }
     }
 
-    /// Runs positions `position ..`, and traces them on the CPU. The caller has checked tokens, lengths and room.
+    /// Runs positions `position .. end`, and traces them on the CPU. The caller has checked tokens, lengths and room.
     pub(super) fn forward(
         &mut self,
         session: u64,
-        position: usize,
+        (position, end): (usize, usize),
         input: Input<'_>,
         want: Want,
         trace: Option<&mut Trace>,
     ) -> Result<Output, StageError> {
         let closed = StageError::NoSession { session };
         match self {
-            Self::Cpu(engine, sequences) => {
-                let sequence = sequences.get_mut(&session).ok_or(closed)?;
+            Self::Cpu(engine, sessions) => {
+                let sequence = sessions.ready(session, position, end)?;
                 Ok(engine.forward(sequence, position, input, want, trace))
             }
             // On the caller's thread: a device's orders follow the thread that gives them.
@@ -120,43 +165,22 @@ impl Engine {
         steps: &[(u64, usize, Input<'_>)],
         want: Want,
     ) -> Result<Vec<Output>, StageError> {
-        let Self::Cpu(engine, sequences) = self else {
+        let Self::Cpu(engine, sessions) = self else {
             let steps = steps.iter();
             return steps
-                .map(|(session, position, input)| self.forward(*session, *position, *input, want, None))
+                .map(|(session, position, input)| self.forward(*session, (*position, 0), *input, want, None))
                 .collect();
         };
-        let mut x = Vec::new();
-        let mut taken = Vec::with_capacity(steps.len());
-        for (session, position, input) in steps {
+        let (mut x, mut rows) = (Vec::new(), Vec::with_capacity(steps.len()));
+        for (.., input) in steps {
             let before = x.len();
             match input {
                 Input::Tokens(tokens) => x.extend(engine.embed(tokens)),
                 Input::Hidden(hidden) => x.extend_from_slice(hidden),
             }
-            let rows = (x.len() - before) / engine.hidden();
-            let sequence = sequences.remove(session);
-            taken.push((*session, *position, rows, sequence));
+            rows.push((x.len() - before) / engine.hidden());
         }
-        let spans = taken.iter_mut().filter_map(|(_, position, rows, sequence)| {
-            Some(cpu::Span {
-                sequence: sequence.as_mut()?,
-                position: *position,
-                rows: *rows,
-            })
-        });
-        let mut spans: Vec<_> = spans.collect();
-        let outputs = match (spans.len() == steps.len(), steps.first()) {
-            (true, _) => Ok(engine.forward_together(&mut spans, x, want)),
-            (false, Some((session, ..))) => Err(StageError::NoSession { session: *session }),
-            (false, None) => Ok(Vec::new()),
-        };
-        for (session, _, _, sequence) in taken {
-            if let Some(sequence) = sequence {
-                sequences.insert(session, sequence);
-            }
-        }
-        outputs
+        sessions.together(steps, &rows, |spans| engine.forward_together(spans, x, want))
     }
 
     /// The final norm of activations, at a stage with the head, on the CPU.

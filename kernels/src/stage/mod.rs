@@ -209,14 +209,16 @@ impl ServeStage {
     }
 
     fn with(config: Config, range: BlockRange, read: StageWeights, device: &Device) -> Result<Self, StageError> {
-        Ok(Self {
+        let mut stage = Self {
             engine: Engine::new(&config, range, read, device)?,
             config,
             range,
             sessions: BTreeMap::new(),
             cache_bytes: 0,
-            cache_bytes_max: device.cache_bytes_max(),
-        })
+            cache_bytes_max: 0,
+        };
+        stage.set_cache_bytes_max(device.cache_bytes_max());
+        Ok(stage)
     }
 
     /// Bytes that the weights take.
@@ -252,14 +254,96 @@ impl ServeStage {
     /// Sets how many bytes the caches of all sessions may take together.
     pub fn set_cache_bytes_max(&mut self, bytes: u64) {
         self.cache_bytes_max = bytes;
+        self.engine.set_cache_bytes_max(bytes);
     }
 
-    /// Reserves a cache. A session that is open already starts anew.
+    /// Bytes that the caches of all sessions take now: on the CPU those of the positions that they hold, ended sessions
+    /// included, elsewhere those of their contexts.
+    pub fn cache_bytes(&self) -> u64 {
+        self.engine.cache_bytes().unwrap_or(self.cache_bytes)
+    }
+
+    /// Opens a session that is sure of room for its context. On the CPU the room is taken as positions come. A session that
+    /// is open already starts anew.
     ///
     /// # Errors
     ///
     /// [`StageError::Context`], [`StageError::Memory`], [`StageError::Full`], or what the device says.
     pub fn open_session(&mut self, session: u64, context_tokens_max: u32) -> Result<(), StageError> {
+        self.close_session(session);
+        let bytes = self.admit(context_tokens_max)?;
+        self.engine.open(session, context_tokens_max as usize, bytes)?;
+        self.seat(session, context_tokens_max, bytes, 0);
+        Ok(())
+    }
+
+    /// As [`ServeStage::open_session`], going on from the first `positions` positions of another session of the same owner,
+    /// which is open, or was ended with [`ServeStage::end_session`]. On the CPU both hold the same pages from then on, and
+    /// whoever writes to one takes a copy.
+    ///
+    /// Tells how many positions the session has: fewer where the other has fewer, and none where it is gone or its recurrent
+    /// state cannot go back so far, or on any other device. They are the caller's to check: that session must have had the
+    /// same input there.
+    ///
+    /// # Errors
+    ///
+    /// As [`ServeStage::open_session`].
+    pub fn open_session_from(
+        &mut self,
+        session: u64,
+        context_tokens_max: u32,
+        from: u64,
+        positions: u32,
+    ) -> Result<u32, StageError> {
+        if from == session {
+            return Err(StageError::Twice { session });
+        }
+        self.close_session(session);
+        let bytes = self.admit(context_tokens_max)?;
+        let reached = self.sessions.get(&from).map_or(0, |from| from.reached as usize);
+        let (room, positions) = (context_tokens_max as usize, positions.min(context_tokens_max) as usize);
+        let taken = self.engine.open_from(session, room, bytes, from, reached, positions)?;
+        let taken = taken as u32; // At most `positions`.
+        self.seat(session, context_tokens_max, bytes, taken);
+        Ok(taken)
+    }
+
+    /// Opens a session that goes on from where another one is, and shares its pages. See [`ServeStage::open_session_from`].
+    ///
+    /// # Errors
+    ///
+    /// As [`ServeStage::open_session`], and [`StageError::NoSession`].
+    pub fn fork_session(&mut self, session: u64, from: u64, context_tokens_max: u32) -> Result<u32, StageError> {
+        let source = self
+            .sessions
+            .get(&from)
+            .ok_or(StageError::NoSession { session: from })?;
+        self.open_session_from(session, context_tokens_max, from, source.reached)
+    }
+
+    /// Forgets what a session holds from `position` on, and frees its room where it is held in pages.
+    ///
+    /// # Errors
+    ///
+    /// [`StageError::NoSession`], [`StageError::Gap`], [`StageError::Rewind`]; nothing has changed then.
+    pub fn truncate_session(&mut self, session: u64, position: u32) -> Result<(), StageError> {
+        self.start_at(session, position)?;
+        self.reach(session, position);
+        self.engine.truncate(session, position as usize);
+        Ok(())
+    }
+
+    /// Ends a session. On the CPU its positions are kept as long as nobody needs the room, so that another can go on from
+    /// them with [`ServeStage::open_session_from`]. [`ServeStage::close_session`] frees them.
+    pub fn end_session(&mut self, session: u64) {
+        if let Some(ended) = self.sessions.remove(&session) {
+            self.cache_bytes -= ended.bytes;
+            self.engine.end(session, ended.reached as usize);
+        }
+    }
+
+    /// Bytes of a new session's context, if there is room for it beside the contexts of all others.
+    fn admit(&self, context_tokens_max: u32) -> Result<u64, StageError> {
         let max = self.config.context_tokens_max;
         if context_tokens_max == 0 || context_tokens_max > max {
             return Err(StageError::Context {
@@ -267,7 +351,6 @@ impl ServeStage {
                 max,
             });
         }
-        self.close_session(session);
         if self.sessions.len() >= SESSIONS_MAX {
             return Err(StageError::Full);
         }
@@ -276,23 +359,20 @@ impl ServeStage {
         if bytes > free {
             return Err(StageError::Memory { bytes, free });
         }
-        self.engine.open(session, context_tokens_max as usize, bytes)?;
-        self.cache_bytes += bytes;
-        let session_state = Session {
-            room: context_tokens_max,
-            reached: 0,
-            bytes,
-        };
-        self.sessions.insert(session, session_state);
-        Ok(())
+        Ok(bytes)
     }
 
-    /// Frees a cache, if there is one.
+    fn seat(&mut self, session: u64, room: u32, bytes: u64, reached: u32) {
+        self.cache_bytes += bytes;
+        self.sessions.insert(session, Session { room, reached, bytes });
+    }
+
+    /// Frees what a session holds, open or ended.
     pub fn close_session(&mut self, session: u64) {
         if let Some(closed) = self.sessions.remove(&session) {
             self.cache_bytes -= closed.bytes;
-            self.engine.close(session);
         }
+        self.engine.close(session);
     }
 
     /// Runs positions `position ..` of a session. What the cache holds from `position` on is forgotten first.
@@ -316,7 +396,8 @@ impl ServeStage {
         let end = self.end_of(session, position, input)?;
         // A device that fails halfway has overwritten what came after.
         self.reach(session, position);
-        let output = self.engine.forward(session, position as usize, input, want, trace)?;
+        let range = (position as usize, end as usize);
+        let output = self.engine.forward(session, range, input, want, trace)?;
         self.reach(session, end);
         Ok(output)
     }
@@ -361,12 +442,6 @@ impl ServeStage {
     fn end_of(&self, session: u64, position: u32, input: Input<'_>) -> Result<u32, StageError> {
         let count = self.check(input)?;
         let state = self.sessions.get(&session).ok_or(StageError::NoSession { session })?;
-        if position > state.reached {
-            return Err(StageError::Gap {
-                position,
-                reached: state.reached,
-            });
-        }
         let end = u32::try_from(count).ok().and_then(|count| position.checked_add(count));
         let Some(end) = end.filter(|end| *end <= state.room) else {
             return Err(StageError::Room {
@@ -375,11 +450,24 @@ impl ServeStage {
                 room: state.room,
             });
         };
+        self.start_at(session, position)?;
+        Ok(end)
+    }
+
+    /// Whether a session can go on from `position`.
+    fn start_at(&self, session: u64, position: u32) -> Result<(), StageError> {
+        let state = self.sessions.get(&session).ok_or(StageError::NoSession { session })?;
+        if position > state.reached {
+            return Err(StageError::Gap {
+                position,
+                reached: state.reached,
+            });
+        }
         let earliest = self.engine.earliest(session) as u32; // Within `room`.
         if position != 0 && position < earliest {
             return Err(StageError::Rewind { position, earliest });
         }
-        Ok(end)
+        Ok(())
     }
 
     /// The final norm of activations, at a stage with the head.

@@ -78,7 +78,7 @@ impl ServeConfig {
             institution,
             sessions_max: 16,
             generations_max: 16,
-            // What an ordinary conversation needs; KV cache is reserved for all of it.
+            // What an ordinary conversation needs; room for all of it is promised when it begins.
             context_tokens_max: 4_096,
             limits: polder_protocol::session::Limits::default(),
         }

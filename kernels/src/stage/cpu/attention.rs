@@ -1,27 +1,32 @@
 //! Causal attention over a cache, with grouped queries.
 //!
-//! Keys are kept turned in blocks of 16 positions, `[kv_heads, capacity / 16, head_dim, 16]`, so that scores of 16
-//! positions are made at once from memory in one piece; values are kept `[kv_heads, capacity, head_dim]`. Each query's sums run over dimensions and positions in order, whether one
-//! position is asked or many.
+//! In each page keys are kept turned in blocks of 16 positions, `[kv_heads, PAGE_POSITIONS / 16, head_dim, 16]`, so that
+//! scores of 16 positions are made at once from memory in one piece; values are kept `[kv_heads, PAGE_POSITIONS,
+//! head_dim]`. Each query's sums run over dimensions and positions in order, whether one position is asked or many, and
+//! wherever one page ends and the next begins.
 
 #![expect(
     clippy::needless_range_loop,
     reason = "indices name the rows and columns of a tile in registers"
 )]
 
+use std::sync::Arc;
+
 use super::elementwise::softmax;
 use super::lanes::{Lanes, Level, on_every_level};
+use super::pages::{PAGE_POSITIONS, Page, runs, written};
 use crate::team;
 
 /// Queries of one key-value head that are worked on together.
 const ROWS: usize = 4;
 
-/// Keys and values of one block for one session.
+/// Keys and values of one block for one session: a part of each of its pages.
 #[derive(Debug)]
-pub(super) struct Cache {
-    shape: Shape,
-    keys: Vec<f32>,
-    values: Vec<f32>,
+pub(super) struct Cache<'a> {
+    pub(super) shape: Shape,
+    pub(super) pages: &'a mut [Arc<Page>],
+    /// Where the block's part begins in a page.
+    pub(super) start: usize,
 }
 
 /// The sizes of a cache.
@@ -33,46 +38,29 @@ pub(super) struct Shape {
     pub(super) kv_heads: usize,
     /// Width of a head; even.
     pub(super) head_dim: usize,
-    /// Positions; a multiple of 16.
-    pub(super) capacity: usize,
     /// Positions that a query sees, itself included; `None` for all before it.
     pub(super) window: Option<usize>,
     /// What scores are multiplied by.
     pub(super) scale: f32,
 }
 
-impl Cache {
-    /// An empty cache; `None` where there is no memory for it.
-    pub(super) fn new(shape: Shape) -> Option<Self> {
-        let elements = shape.kv_heads * shape.head_dim * shape.capacity;
-        let zeros = || {
-            let mut room = Vec::new();
-            room.try_reserve_exact(elements).ok()?;
-            room.resize(elements, 0.0);
-            Some(room)
-        };
-        Some(Self {
-            shape,
-            keys: zeros()?,
-            values: zeros()?,
-        })
-    }
-
+impl Cache<'_> {
     /// Writes rotated keys and values `[n, kv_heads, head_dim]` from `position` on.
     pub(super) fn write(&mut self, position: usize, keys: &[f32], values: &[f32]) {
-        let Shape {
-            kv_heads,
-            head_dim,
-            capacity,
-            ..
-        } = self.shape;
-        let rows = keys.chunks_exact(head_dim).zip(values.chunks_exact(head_dim));
-        for (row, (key, value)) in rows.enumerate() {
-            let (at, head) = (position + row / kv_heads, row % kv_heads);
-            for (dimension, key) in key.iter().enumerate() {
-                self.keys[(head * capacity + at - at % 16) * head_dim + dimension * 16 + at % 16] = *key;
+        let Shape { kv_heads, head_dim, .. } = self.shape;
+        let row = kv_heads * head_dim;
+        for run in runs(position, position + keys.len() / row) {
+            let page = &mut written(&mut self.pages[run.page])[self.start..][..2 * PAGE_POSITIONS * row];
+            let (page_keys, page_values) = page.split_at_mut(PAGE_POSITIONS * row);
+            let own = run.offset * row..(run.offset + run.count) * row;
+            let rows = keys[own.clone()].chunks_exact(head_dim);
+            for (row, (key, value)) in rows.zip(values[own].chunks_exact(head_dim)).enumerate() {
+                let (at, head) = (run.at + row / kv_heads, row % kv_heads);
+                for (dimension, key) in key.iter().enumerate() {
+                    page_keys[(head * PAGE_POSITIONS + at - at % 16) * head_dim + dimension * 16 + at % 16] = *key;
+                }
+                page_values[(head * PAGE_POSITIONS + at) * head_dim..][..head_dim].copy_from_slice(value);
             }
-            self.values[(head * capacity + at) * head_dim..][..head_dim].copy_from_slice(value);
         }
     }
 
@@ -114,15 +102,16 @@ impl Cache {
     /// All heads of one group at one position that sees `visible` positions.
     fn attend_group(&self, visible: usize, kv: usize, q: &[f32], out: &mut [f32]) {
         let Shape {
+            kv_heads,
             head_dim,
-            capacity,
             window,
             scale,
             ..
         } = self.shape;
         let level = Level::best();
-        let keys = &self.keys[kv * head_dim * capacity..][..head_dim * capacity];
-        let values = &self.values[kv * capacity * head_dim..][..capacity * head_dim];
+        let head_len = head_dim * PAGE_POSITIONS;
+        let keys = |page: usize| &self.pages[page].floats()[self.start + kv * head_len..][..head_len];
+        let values = |page: usize| &self.pages[page].floats()[self.start + (kv_heads + kv) * head_len..][..head_len];
         let first = window.map_or(0, |window| visible.saturating_sub(window));
         // Scores are made for whole vectors of positions; those before the first are left out below.
         let from = first - first % 16;
@@ -131,35 +120,52 @@ impl Cache {
         let rows = q.chunks(ROWS * head_dim).zip(out.chunks_mut(ROWS * head_dim));
         for (q, out) in rows {
             let many = q.len() / head_dim;
-            // SAFETY: `q` is [many, head_dim]; the blocks of turned keys are [head_dim, 16], and with capacity a multiple
-            // of 16 there are `padded / 16` from `from` on; scores have room for [many, padded].
-            unsafe {
-                let (q, keys, scores) = (q.as_ptr(), keys.as_ptr().add(from * head_dim), scores.as_mut_ptr());
-                score(level, q, head_dim, many, keys, padded / 16, scores);
+            for run in runs(from, from + padded) {
+                let keys = &keys(run.page)[run.at * head_dim..][..run.count * head_dim];
+                // SAFETY: `q` is [many, head_dim]; `keys` are turned blocks of [head_dim, 16], because pages begin and
+                // runs end at multiples of 16; scores have room for [many, padded].
+                unsafe {
+                    let scores = scores.as_mut_ptr().add(run.offset);
+                    score(
+                        level,
+                        q.as_ptr(),
+                        head_dim,
+                        many,
+                        keys.as_ptr(),
+                        run.count / 16,
+                        scores,
+                        padded,
+                    );
+                }
             }
             for scores in scores.chunks_exact_mut(padded).take(many) {
                 let scores = &mut scores[first - from..visible - from];
                 scores.iter_mut().for_each(|score| *score *= scale);
                 softmax(scores);
             }
-            // SAFETY: scores are [many, padded], values [capacity, head_dim] with capacity at least `visible`, and out
-            // is [many, head_dim].
-            unsafe {
-                let scores = scores.as_ptr().add(first - from);
-                let (values, out) = (values.as_ptr().add(first * head_dim), out.as_mut_ptr());
-                let terms = visible - first;
-                mix(
-                    level, scores, padded, many, terms, values, head_dim, head_dim, out, head_dim,
-                );
+            out.fill(0.0);
+            for run in runs(first, visible) {
+                let values = &values(run.page)[run.at * head_dim..][..run.count * head_dim];
+                // SAFETY: scores are [many, padded], of which those of this run begin at its offset; values are [count,
+                // head_dim], and out is [many, head_dim].
+                unsafe {
+                    let scores = scores.as_ptr().add(first - from + run.offset);
+                    let (values, out) = (values.as_ptr(), out.as_mut_ptr());
+                    mix(
+                        level, scores, padded, many, run.count, values, head_dim, head_dim, out, head_dim,
+                    );
+                }
             }
         }
     }
 }
 
 on_every_level! {
-    /// `scores[r, c] = Σ_t q[r, t] · keys[c / 16, t, c % 16]` for `many` r, `head_dim` t and `blocks` blocks of columns.
+    /// `scores[r, c] = Σ_t q[r, t] · keys[c / 16, t, c % 16]` for `many` r, `head_dim` t and `blocks` blocks of columns;
+    /// rows of scores are `stride` apart.
+    #[expect(clippy::too_many_arguments, reason = "a kernel's arguments are plain numbers and pointers")]
     unsafe fn score(
-        q: *const f32, head_dim: usize, many: usize, keys: *const f32, blocks: usize, scores: *mut f32,
+        q: *const f32, head_dim: usize, many: usize, keys: *const f32, blocks: usize, scores: *mut f32, stride: usize,
     ) = score_body
 }
 
@@ -171,17 +177,18 @@ unsafe fn score_body<L: Lanes>(
     keys: *const f32,
     blocks: usize,
     scores: *mut f32,
+    stride: usize,
 ) {
     // SAFETY: the caller gives matrices of these sizes.
     unsafe {
         let mut row = 0;
         while row < many {
-            let (q, scores) = (q.add(row * head_dim), scores.add(row * blocks * 16));
+            let (q, scores) = (q.add(row * head_dim), scores.add(row * stride));
             row += match many - row {
-                4.. => score_rows::<L, 4>(q, head_dim, keys, blocks, scores),
-                3 => score_rows::<L, 3>(q, head_dim, keys, blocks, scores),
-                2 => score_rows::<L, 2>(q, head_dim, keys, blocks, scores),
-                _ => score_rows::<L, 1>(q, head_dim, keys, blocks, scores),
+                4.. => score_rows::<L, 4>(q, head_dim, keys, blocks, scores, stride),
+                3 => score_rows::<L, 3>(q, head_dim, keys, blocks, scores, stride),
+                2 => score_rows::<L, 2>(q, head_dim, keys, blocks, scores, stride),
+                _ => score_rows::<L, 1>(q, head_dim, keys, blocks, scores, stride),
             };
         }
     }
@@ -195,6 +202,7 @@ unsafe fn score_rows<L: Lanes, const R: usize>(
     keys: *const f32,
     blocks: usize,
     scores: *mut f32,
+    stride: usize,
 ) -> usize {
     // SAFETY: the caller gives `R` queries, `blocks` blocks, and room for the scores.
     unsafe {
@@ -205,7 +213,7 @@ unsafe fn score_rows<L: Lanes, const R: usize>(
                 head_dim,
                 keys.add(block * head_dim * 16),
                 scores.add(block * 16),
-                blocks * 16,
+                stride,
             );
             block += 2;
         }
@@ -215,7 +223,7 @@ unsafe fn score_rows<L: Lanes, const R: usize>(
                 head_dim,
                 keys.add(block * head_dim * 16),
                 scores.add(block * 16),
-                blocks * 16,
+                stride,
             );
         }
     }
@@ -254,7 +262,7 @@ unsafe fn block_scores<L: Lanes, const R: usize, const C: usize>(
 }
 
 on_every_level! {
-    /// `out[r, c] = Σ_t weights[r, t] · rows[t, c]` for `many` r, `terms` t and `columns` c, with the given strides.
+    /// `out[r, c] ← out[r, c] + Σ_t weights[r, t] · rows[t, c]` for `many` r, `terms` t and `columns` c, with the given strides.
     #[expect(clippy::too_many_arguments, reason = "a kernel's arguments are plain numbers and pointers")]
     unsafe fn mix(
         weights: *const f32, weights_stride: usize, many: usize, terms: usize,
@@ -302,7 +310,7 @@ unsafe fn mix_body<L: Lanes>(
                     }
                     for column in whole..columns {
                         for r in 0..$rows {
-                            let mut sum = 0.0f32;
+                            let mut sum = *out.add(r * out_stride + column);
                             for term in 0..terms {
                                 let weight = *weights.add(r * weights_stride + term);
                                 sum = weight.mul_add(*rows.add(term * rows_stride + column), sum);
@@ -336,6 +344,11 @@ unsafe fn panel<L: Lanes, const R: usize, const C: usize>(
     // SAFETY: the caller gives `R` rows of weights, `terms` rows of `16 · C` elements and room for the result.
     unsafe {
         let mut sums = [[L::splat(0.0); C]; R];
+        for r in 0..R {
+            for c in 0..C {
+                sums[r][c] = L::load(out.add(r * out_stride + c * 16));
+            }
+        }
         for term in 0..terms {
             let mut values = [L::splat(0.0); C];
             for c in 0..C {
@@ -358,16 +371,19 @@ unsafe fn panel<L: Lanes, const R: usize, const C: usize>(
 
 #[cfg(test)]
 mod tests {
+    use super::super::pages::{Pool, Table};
     use super::*;
 
     #[test]
     fn attention_meets_the_plain_loop_for_odd_shapes() {
-        let cases: [(usize, usize, usize, usize, usize); 5] = [
+        let cases: [(usize, usize, usize, usize, usize); 7] = [
             (1, 1, 2, 1, 1),
             (4, 2, 16, 17, 17),
             (9, 3, 64, 40, 5),
             (5, 1, 22, 33, 3),
             (8, 2, 48, 100, 1),
+            (6, 2, 16, 2 * PAGE_POSITIONS, 3),
+            (3, 1, 20, 3 * PAGE_POSITIONS + 1, 70),
         ];
         for (heads, kv_heads, head_dim, positions, n) in cases {
             let make = |count: usize, salt: f32| (0..count).map(|i| (i as f32 * salt).sin()).collect::<Vec<f32>>();
@@ -375,7 +391,6 @@ mod tests {
                 heads,
                 kv_heads,
                 head_dim,
-                capacity: positions.next_multiple_of(16),
                 window: None,
                 scale: 1.0 / (head_dim as f32).sqrt(),
             };
@@ -385,7 +400,9 @@ mod tests {
                 make(positions * kv_heads * head_dim, 0.83),
             );
             let (mut out, mut right) = (vec![0.0; q.len()], vec![0.0; q.len()]);
-            let mut cache = Cache::new(shape).unwrap();
+            let mut table = room(shape, positions);
+            let pages = table.pages();
+            let mut cache = Cache { shape, pages, start: 0 };
             cache.write(0, &k, &v);
             cache.attend(positions - n, &q, &mut out);
             polder_reference::attention(&mut right, &q, &k, &v, heads, kv_heads, head_dim);
@@ -396,23 +413,24 @@ mod tests {
 
     #[test]
     fn a_window_sees_its_last_positions_alone() {
-        let (positions, head_dim) = (41, 8);
+        let (positions, head_dim) = (2 * PAGE_POSITIONS + 13, 8);
         let make = |count: usize, salt: f32| (0..count).map(|i| (i as f32 * salt).cos()).collect::<Vec<f32>>();
         let (q, k, v) = (
             make(positions * head_dim, 0.37),
             make(positions * head_dim, 0.61),
             make(positions * head_dim, 0.83),
         );
-        for window in [1, 5, 16, 17, 33, 60] {
-            let mut cache = Cache::new(Shape {
+        for window in [1, 5, 16, 17, 33, 60, 65, 200] {
+            let shape = Shape {
                 heads: 1,
                 kv_heads: 1,
                 head_dim,
-                capacity: 48,
                 window: Some(window),
                 scale: 1.0 / (head_dim as f32).sqrt(),
-            })
-            .unwrap();
+            };
+            let mut table = room(shape, positions);
+            let pages = table.pages();
+            let mut cache = Cache { shape, pages, start: 0 };
             cache.write(0, &k, &v);
             let mut out = vec![0.0; q.len()];
             cache.attend(0, &q, &mut out);
@@ -434,5 +452,12 @@ mod tests {
                 assert!(error < 1e-5, "{window} {position}: {error}");
             }
         }
+    }
+
+    fn room(shape: Shape, positions: usize) -> Table {
+        let mut pool = Pool::new(2 * shape.kv_heads * shape.head_dim);
+        let mut table = Table::default();
+        table.ready(&mut pool, 0, positions).unwrap();
+        table
     }
 }

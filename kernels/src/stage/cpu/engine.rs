@@ -4,15 +4,16 @@ use std::collections::BTreeMap;
 
 use polder_protocol::layout::BlockRange;
 
-use super::attention::Cache;
 use super::dense::LoadedNorm;
 use super::elementwise::{Turns, add};
 use super::experts::{ExpertWeights, Routing};
 use super::grouped::{Attending, GroupedWeights};
 use super::latent::{LatentCache, LatentWeights};
-use super::mamba::{MambaState, MambaWeights};
+use super::mamba::MambaWeights;
 use super::matrix::product_finely;
 use super::mlp::MlpWeights;
+use super::pages::{PAGE_POSITIONS, Pool};
+use super::sequence::{self, Kept, Sequence};
 use crate::model::{Config, Frequencies};
 use crate::stage::further::FurtherWeights;
 use crate::stage::weights::StageWeights;
@@ -48,34 +49,11 @@ pub(in crate::stage) enum LoadedMixer {
     Mamba(Box<MambaWeights>),
 }
 
-/// What one session keeps, sublayer by sublayer of all blocks.
-#[derive(Debug)]
-pub(in crate::stage) struct Sequence(Vec<Kept>);
-
 /// Rows of one session among those of several: what it kept, where they begin, and how many they are.
 pub(in crate::stage) struct Span<'a> {
     pub(in crate::stage) sequence: &'a mut Sequence,
     pub(in crate::stage) position: usize,
     pub(in crate::stage) rows: usize,
-}
-
-#[derive(Debug)]
-enum Kept {
-    Nothing,
-    Keys(Cache),
-    Latent(LatentCache),
-    Mamba(Box<MambaState>),
-}
-
-impl Sequence {
-    /// The earliest position, besides zero, from which the session can go on.
-    pub(in crate::stage) fn earliest(&self) -> usize {
-        let earliest = self.0.iter().map(|kept| match kept {
-            Kept::Mamba(state) => state.earliest(),
-            _ => 0,
-        });
-        earliest.max().unwrap_or(0)
-    }
 }
 
 /// What happened inside a forward pass.
@@ -123,23 +101,28 @@ impl Engine {
         self.config.hidden
     }
 
-    /// Room for `capacity` positions; `None` where there is no memory for it.
-    pub(in crate::stage) fn sequence(&self, capacity: usize) -> Option<Sequence> {
-        sequence(self.weights.blocks.iter().flatten(), capacity.next_multiple_of(16))
+    /// A session before its first position.
+    pub(super) fn sequence(&self) -> Sequence {
+        Sequence::new(self.sublayers())
+    }
+
+    /// The pages of all sessions.
+    pub(super) fn pool(&self) -> Pool {
+        sequence::pool(self.sublayers())
+    }
+
+    /// Bytes of a session's recurrent states, however long it is.
+    pub(super) fn state_bytes(&self) -> u64 {
+        sequence::state_bytes(self.sublayers())
     }
 
     /// Bytes that a session of so many positions takes.
     pub(in crate::stage) fn sequence_bytes(&self, capacity: u64) -> u64 {
-        let capacity = capacity.next_multiple_of(16);
-        let sublayers = self.weights.blocks.iter().flatten();
-        sublayers
-            .map(|sublayer| match &sublayer.mixer {
-                LoadedMixer::Attention(weights) => weights.cache_bytes(capacity),
-                LoadedMixer::Latent(weights) => weights.cache_bytes(capacity),
-                LoadedMixer::Mamba(weights) => weights.state_bytes(),
-                LoadedMixer::Mlp(_) | LoadedMixer::Experts(_) => 0,
-            })
-            .sum()
+        capacity.div_ceil(PAGE_POSITIONS as u64) * self.pool().page_bytes() + self.state_bytes()
+    }
+
+    fn sublayers(&self) -> impl Iterator<Item = &LoadedSublayer> {
+        self.weights.blocks.iter().flatten()
     }
 
     /// Runs positions `position ..`. The caller has checked tokens, lengths and room.
@@ -263,7 +246,8 @@ impl Engine {
             .collect();
         let mut x = weights.join.of(&joined, next.len());
         let n = next.len();
-        let mut sequence = sequence(weights.block.iter(), n.next_multiple_of(16))?;
+        let mut sequence = Sequence::new(weights.block.iter());
+        sequence.table.ready(&mut sequence::pool(weights.block.iter()), 0, n)?;
         // The module's first row has the rotation of the first token that follows.
         let turns = self.turns(1, n);
         for (index, sublayer) in weights.block.iter().enumerate() {
@@ -311,16 +295,6 @@ impl Engine {
     }
 }
 
-fn sequence<'a>(sublayers: impl Iterator<Item = &'a LoadedSublayer>, capacity: usize) -> Option<Sequence> {
-    let kept = sublayers.map(|sublayer| match &sublayer.mixer {
-        LoadedMixer::Attention(weights) => weights.cache(capacity).map(Kept::Keys),
-        LoadedMixer::Latent(weights) => weights.cache(capacity).map(Kept::Latent),
-        LoadedMixer::Mamba(weights) => Some(Kept::Mamba(Box::new(weights.start()))),
-        LoadedMixer::Mlp(_) | LoadedMixer::Experts(_) => Some(Kept::Nothing),
-    });
-    kept.collect::<Option<Vec<_>>>().map(Sequence)
-}
-
 /// `x ← x + after(mixer(norm(x)))` for rows of some sessions; `index` is the sublayer's among those of the sequences.
 fn run(
     sublayer: &LoadedSublayer,
@@ -337,11 +311,12 @@ fn run(
     match &sublayer.mixer {
         LoadedMixer::Attention(weights) => {
             let sessions = spans.iter_mut().zip(turns).filter_map(|(span, turns)| {
-                let Some(Kept::Keys(cache)) = span.sequence.0.get_mut(index) else {
+                let Some(Kept::Paged { start }) = span.sequence.kept.get(index) else {
                     return None; // A sequence is made from the same sublayers that it is used with.
                 };
                 Some(Attending {
-                    cache,
+                    pages: span.sequence.table.pages(),
+                    start: *start,
                     position: span.position,
                     rows: span.rows,
                     turns,
@@ -381,10 +356,14 @@ fn alone(
     out: &mut [f32],
     trace: Option<(u32, &mut Trace)>,
 ) {
-    match (&sublayer.mixer, span.sequence.0.get_mut(index)) {
-        (LoadedMixer::Latent(weights), Some(Kept::Latent(cache))) => {
+    match (&sublayer.mixer, span.sequence.kept.get_mut(index)) {
+        (LoadedMixer::Latent(weights), Some(Kept::Paged { start })) => {
             let mut selected = Vec::new();
             let seen = trace.is_some().then_some(&mut selected);
+            let cache = &mut LatentCache {
+                pages: span.sequence.table.pages(),
+                start: *start,
+            };
             weights.forward(normed, span.rows, span.position, turns, cache, out, seen);
             if let Some((block, trace)) = trace
                 && !selected.is_empty()

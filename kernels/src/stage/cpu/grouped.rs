@@ -1,8 +1,11 @@
 //! Grouped-query attention over a cache of keys and values.
 
+use std::sync::Arc;
+
 use super::attention::{Cache, Shape};
 use super::dense::{Dense, LoadedNorm, together};
 use super::elementwise::Turns;
+use super::pages::Page;
 use crate::model::describe::Attention;
 use crate::stage::StageError;
 use crate::stage::weights::PartReader;
@@ -40,21 +43,9 @@ impl GroupedWeights {
             .sum()
     }
 
-    /// An empty cache; `None` where there is no memory for it.
-    pub(super) fn cache(&self, capacity: usize) -> Option<Cache> {
-        Cache::new(Shape {
-            heads: self.shape.heads,
-            kv_heads: self.shape.kv_heads,
-            head_dim: self.shape.head_dim,
-            capacity,
-            window: self.shape.window,
-            scale: self.shape.scale,
-        })
-    }
-
-    /// Bytes of a cache.
-    pub(super) const fn cache_bytes(&self, capacity: u64) -> u64 {
-        capacity * (self.shape.kv_heads * self.shape.head_dim) as u64 * 2 * 4
+    /// Numbers that are kept of a position.
+    pub(super) const fn position_floats(&self) -> usize {
+        2 * self.shape.kv_heads * self.shape.head_dim
     }
 
     /// Attends from normed rows `x`, those of each session in turn.
@@ -98,8 +89,19 @@ impl GroupedWeights {
                     row.iter_mut().for_each(|q| *q *= factor);
                 }
             }
-            session.cache.write(session.position, k, v);
-            session.cache.attend(session.position, q, mixed);
+            let mut cache = Cache {
+                shape: Shape {
+                    heads,
+                    kv_heads,
+                    head_dim,
+                    window: self.shape.window,
+                    scale: self.shape.scale,
+                },
+                pages: &mut *session.pages,
+                start: session.start,
+            };
+            cache.write(session.position, k, v);
+            cache.attend(session.position, q, mixed);
         }
         self.o.apply(&mixed, n, out);
     }
@@ -107,7 +109,10 @@ impl GroupedWeights {
 
 /// Rows of one session that attend to what the session has kept.
 pub(super) struct Attending<'a> {
-    pub(super) cache: &'a mut Cache,
+    /// The session's, ready for these rows.
+    pub(super) pages: &'a mut [Arc<Page>],
+    /// Where the sublayer's part begins in a page.
+    pub(super) start: usize,
     /// Of the first row.
     pub(super) position: usize,
     pub(super) rows: usize,

@@ -1,10 +1,13 @@
 //! Chooses the positions that a query attends to: `Σ_h w_h · ReLU(q_h · k)`, and of those the largest.
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use super::dense::{Dense, LoadedNorm};
 use super::elementwise::Turns;
 use super::lanes::Level;
+use super::pages::{Page, runs, written};
 use super::product::strip_product;
 use crate::model::describe::Indexer;
 use crate::model::routing::largest;
@@ -43,19 +46,31 @@ impl IndexerWeights {
         self.shape.head_dim
     }
 
-    /// Writes the keys of the `n` rows `x` at `position ..` into `keys`, `[capacity, head_dim]`.
-    pub(super) fn remember(&self, x: &[f32], n: usize, position: usize, turns: &[Turns], keys: &mut [f32]) {
+    /// Writes the keys of the `n` rows `x` at `position ..` into the pages, `[PAGE_POSITIONS, head_dim]` from `start` on.
+    pub(super) fn remember(
+        &self,
+        x: &[f32],
+        n: usize,
+        position: usize,
+        turns: &[Turns],
+        pages: &mut [Arc<Page>],
+        start: usize,
+    ) {
         let width = self.shape.head_dim;
-        let own = &mut keys[position * width..(position + n) * width];
-        self.k_norm.apply(own, &self.k.of(x, n));
+        let mut keys = self.k_norm.of(&self.k.of(x, n));
         if let Some(turns) = turns.get(self.shape.rotary) {
-            for (offset, key) in own.chunks_exact_mut(width).enumerate() {
+            for (offset, key) in keys.chunks_exact_mut(width).enumerate() {
                 turns.rotate(key, offset);
             }
+        }
+        for run in runs(position, position + n) {
+            let page = &mut written(&mut pages[run.page])[start + run.at * width..][..run.count * width];
+            page.copy_from_slice(&keys[run.offset * width..][..run.count * width]);
         }
     }
 
     /// The positions of each row, ascending; of equal scores the earlier. `latent` is what queries are made from.
+    #[expect(clippy::too_many_arguments, reason = "what an indexer works on")]
     pub(super) fn choose(
         &self,
         x: &[f32],
@@ -63,7 +78,8 @@ impl IndexerWeights {
         n: usize,
         position: usize,
         turns: &[Turns],
-        keys: &[f32],
+        pages: &[Arc<Page>],
+        start: usize,
     ) -> Vec<Vec<usize>> {
         let Indexer { heads, head_dim, .. } = self.shape;
         let mut q = self.q.of(latent, n);
@@ -77,23 +93,28 @@ impl IndexerWeights {
             .par_chunks_exact(heads * head_dim)
             .zip(weights.par_chunks_exact(heads));
         rows.enumerate()
-            .map(|(i, (q, weights))| self.choose_one(position + i + 1, q, weights, keys))
+            .map(|(i, (q, weights))| self.choose_one(position + i + 1, q, weights, pages, start))
             .collect()
     }
 
-    fn choose_one(&self, visible: usize, q: &[f32], weights: &[f32], keys: &[f32]) -> Vec<usize> {
+    fn choose_one(&self, visible: usize, q: &[f32], weights: &[f32], pages: &[Arc<Page>], start: usize) -> Vec<usize> {
         let Indexer {
             heads, head_dim, top, ..
         } = self.shape;
         if visible <= top {
             return (0..visible).collect();
         }
-        assert!(keys.len() >= visible * head_dim && q.len() == heads * head_dim);
+        assert!(q.len() == heads * head_dim);
         let mut products = vec![0.0; heads * visible];
-        // SAFETY: `q` is [heads, head_dim], `keys` at least [visible, head_dim], `products` [heads, visible].
-        unsafe {
-            let (q, keys, products) = (q.as_ptr(), keys.as_ptr(), products.as_mut_ptr());
-            strip_product(Level::best(), q, heads, keys, head_dim, 0, visible, products, visible);
+        for run in runs(0, visible) {
+            let keys = &pages[run.page].floats()[start + run.at * head_dim..][..run.count * head_dim];
+            // SAFETY: `q` is [heads, head_dim], `keys` [count, head_dim], and `products` [heads, visible], of which those
+            // of this run begin at its offset.
+            unsafe {
+                let (q, keys) = (q.as_ptr(), keys.as_ptr());
+                let products = products.as_mut_ptr().add(run.offset);
+                strip_product(Level::best(), q, heads, keys, head_dim, 0, run.count, products, visible);
+            }
         }
         let (scale, share) = ((head_dim as f32).powf(-0.5), (heads as f32).powf(-0.5));
         let mut scores = vec![0.0f32; visible];

@@ -3,6 +3,8 @@
 //! Keys are never made: a query is carried into the latent's space instead, and the mixture of latents out of it. What
 //! the cache keeps is therefore `rank + rope` numbers per position, whatever the number of heads.
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use super::attention::mix;
@@ -10,6 +12,7 @@ use super::dense::{Dense, LoadedNorm};
 use super::elementwise::{Turns, softmax};
 use super::indexer::IndexerWeights;
 use super::lanes::Level;
+use super::pages::{PAGE_POSITIONS, Page, Run, runs, written};
 use super::product::strip_product;
 use crate::model::describe::{LatentAttention, LatentQuery};
 use crate::stage::StageError;
@@ -34,13 +37,13 @@ enum Query {
     LowRank(Dense, LoadedNorm, Dense),
 }
 
-/// What is kept of the positions of one session.
+/// What is kept of the positions of one session: a part of each of its pages. It is `[PAGE_POSITIONS, rank + rope]`,
+/// and, where positions are chosen, `[PAGE_POSITIONS, index_head_dim]` behind it.
 #[derive(Debug)]
-pub(in crate::stage) struct LatentCache {
-    /// `[capacity, rank + rope]`
-    rows: Vec<f32>,
-    /// `[capacity, index_head_dim]`, where positions are chosen.
-    index: Vec<f32>,
+pub(super) struct LatentCache<'a> {
+    pub(super) pages: &'a mut [Arc<Page>],
+    /// Where the sublayer's part begins in a page.
+    pub(super) start: usize,
 }
 
 impl LatentWeights {
@@ -78,25 +81,9 @@ impl LatentWeights {
         self.shape.rank + self.shape.rope
     }
 
-    /// An empty cache; `None` where there is no memory for it.
-    pub(super) fn cache(&self, capacity: usize) -> Option<LatentCache> {
-        let zeros = |elements: usize| {
-            let mut room = Vec::new();
-            room.try_reserve_exact(elements).ok()?;
-            room.resize(elements, 0.0);
-            Some(room)
-        };
-        let index = self.indexer.as_ref().map_or(0, IndexerWeights::head_dim);
-        Some(LatentCache {
-            rows: zeros(capacity * self.row())?,
-            index: zeros(capacity * index)?,
-        })
-    }
-
-    /// Bytes of a cache.
-    pub(super) fn cache_bytes(&self, capacity: u64) -> u64 {
-        let index = self.indexer.as_ref().map_or(0, IndexerWeights::head_dim);
-        capacity * (self.row() + index) as u64 * 4
+    /// Numbers that are kept of a position.
+    pub(super) fn position_floats(&self) -> usize {
+        self.row() + self.indexer.as_ref().map_or(0, IndexerWeights::head_dim)
     }
 
     /// Attends from the `n` normed rows `x` at `position ..`; `seen` takes the positions chosen by each.
@@ -107,7 +94,7 @@ impl LatentWeights {
         n: usize,
         position: usize,
         turns: &[Turns],
-        cache: &mut LatentCache,
+        cache: &mut LatentCache<'_>,
         out: &mut [f32],
         seen: Option<&mut Vec<Vec<usize>>>,
     ) {
@@ -133,20 +120,16 @@ impl LatentWeights {
             }
         }
         self.remember(x, n, position, rotation, cache);
+        let index_start = cache.start + PAGE_POSITIONS * self.row();
         let chosen = self.indexer.as_ref().map(|indexer| {
-            indexer.remember(x, n, position, turns, &mut cache.index);
-            indexer.choose(x, &latent, n, position, turns, &cache.index)
+            indexer.remember(x, n, position, turns, cache.pages, index_start);
+            indexer.choose(x, &latent, n, position, turns, cache.pages, index_start)
         });
+        let cache = &*cache;
         let mut mixed = vec![0.0; n * heads * value];
         let chosen_of = |i: usize| chosen.as_ref().and_then(|chosen| chosen.get(i)).map(Vec::as_slice);
         let one = |(i, out): (usize, &mut [f32])| {
-            self.attend(
-                position + i,
-                &q[i * heads * (nope + rope)..],
-                &cache.rows,
-                chosen_of(i),
-                out,
-            );
+            self.attend(position + i, &q[i * heads * (nope + rope)..], cache, chosen_of(i), out);
         };
         mixed.par_chunks_exact_mut(heads * value).enumerate().for_each(one);
         self.o.apply(&mixed, n, out);
@@ -156,21 +139,24 @@ impl LatentWeights {
     }
 
     /// Writes latents and rotated keys.
-    fn remember(&self, x: &[f32], n: usize, position: usize, turns: Option<&Turns>, cache: &mut LatentCache) {
+    fn remember(&self, x: &[f32], n: usize, position: usize, turns: Option<&Turns>, cache: &mut LatentCache<'_>) {
         let (rank, row) = (self.shape.rank, self.row());
         let down = self.kv_down.of(x, n);
-        for (offset, down) in down.chunks_exact(row).enumerate() {
-            let kept = &mut cache.rows[(position + offset) * row..][..row];
-            self.kv_norm.apply(&mut kept[..rank], &down[..rank]);
-            kept[rank..].copy_from_slice(&down[rank..]);
-            if let Some(turns) = turns {
-                turns.rotate(&mut kept[rank..], offset);
+        for run in runs(position, position + n) {
+            let page = &mut written(&mut cache.pages[run.page])[cache.start + run.at * row..][..run.count * row];
+            let own = down[run.offset * row..].chunks_exact(row);
+            for ((offset, kept), down) in (run.offset..).zip(page.chunks_exact_mut(row)).zip(own) {
+                self.kv_norm.apply(&mut kept[..rank], &down[..rank]);
+                kept[rank..].copy_from_slice(&down[rank..]);
+                if let Some(turns) = turns {
+                    turns.rotate(&mut kept[rank..], offset);
+                }
             }
         }
     }
 
     /// All heads at one position, over all positions before it or those chosen.
-    fn attend(&self, position: usize, q: &[f32], rows: &[f32], chosen: Option<&[usize]>, out: &mut [f32]) {
+    fn attend(&self, position: usize, q: &[f32], cache: &LatentCache<'_>, chosen: Option<&[usize]>, out: &mut [f32]) {
         let LatentAttention {
             heads,
             rank,
@@ -180,19 +166,21 @@ impl LatentWeights {
             ..
         } = self.shape;
         let (row, level) = (self.row(), Level::best());
+        let page = |run: &Run| &cache.pages[run.page].floats()[cache.start + run.at * row..][..run.count * row];
         let gathered: Vec<f32>;
-        let (rows, visible) = match chosen {
-            None => (rows, position + 1),
+        // Pieces of rows, each with how many positions lie before it.
+        let (pieces, visible): (Vec<(usize, &[f32])>, usize) = match chosen {
+            None => {
+                let pieces = runs(0, position + 1).map(|run| (run.offset, page(&run)));
+                (pieces.collect(), position + 1)
+            }
             Some(chosen) => {
-                gathered = chosen
-                    .iter()
-                    .flat_map(|at| &rows[at * row..(at + 1) * row])
-                    .copied()
-                    .collect();
-                (&gathered[..], chosen.len())
+                let one = |at: &usize| runs(*at, at + 1).flat_map(|run| page(&run)).copied();
+                gathered = chosen.iter().flat_map(one).collect();
+                (vec![(0, &gathered[..])], chosen.len())
             }
         };
-        assert!(rows.len() >= visible * row && q.len() >= heads * (nope + rope));
+        assert!(q.len() >= heads * (nope + rope));
         assert!(self.kv_up.len() == heads * (nope + value) * rank && out.len() == heads * value);
         let mut carried = vec![0.0; heads * row];
         let mut scores = vec![0.0; heads * visible];
@@ -218,32 +206,29 @@ impl LatentWeights {
             }
             carried[rank..].copy_from_slice(&q[nope..]);
         }
-        // SAFETY: `carried` is [heads, row], `rows` at least [visible, row], scores [heads, visible].
-        unsafe {
-            let (carried, scores) = (carried.as_ptr(), scores.as_mut_ptr());
-            strip_product(level, carried, heads, rows.as_ptr(), row, 0, visible, scores, visible);
+        for (offset, rows) in &pieces {
+            // SAFETY: `carried` is [heads, row], `rows` [count, row], and scores [heads, visible], of which those of this
+            // piece begin at its offset.
+            unsafe {
+                let (carried, scores) = (carried.as_ptr(), scores.as_mut_ptr().add(*offset));
+                let count = rows.len() / row;
+                strip_product(level, carried, heads, rows.as_ptr(), row, 0, count, scores, visible);
+            }
         }
         let scale = self.shape.scale * self.shape.query_scale.map_or(1.0, |scale| scale.at(position));
         for scores in scores.chunks_exact_mut(visible) {
             scores.iter_mut().for_each(|score| *score *= scale);
             softmax(scores);
         }
-        // SAFETY: scores are [heads, visible], `rows` at least [visible, row] of which the first `rank` columns are the
-        // latent, and `latent` is [heads, rank].
-        unsafe {
-            let (scores, latent) = (scores.as_ptr(), latent.as_mut_ptr());
-            mix(
-                level,
-                scores,
-                visible,
-                heads,
-                visible,
-                rows.as_ptr(),
-                row,
-                rank,
-                latent,
-                rank,
-            );
+        for (offset, rows) in &pieces {
+            let count = rows.len() / row;
+            // SAFETY: scores are [heads, visible], of which those of this piece begin at its offset; `rows` are [count,
+            // row], whose first `rank` columns are the latent, and `latent` is [heads, rank].
+            unsafe {
+                let (scores, latent) = (scores.as_ptr().add(*offset), latent.as_mut_ptr());
+                let rows = rows.as_ptr();
+                mix(level, scores, visible, heads, count, rows, row, rank, latent, rank);
+            }
         }
         for (head, out) in out.chunks_exact_mut(value).enumerate() {
             // SAFETY: one row of `rank`, [value, rank] rows of `kv_up`, and room for `value`.

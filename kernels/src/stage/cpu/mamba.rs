@@ -41,7 +41,7 @@ struct Moment {
 }
 
 /// What is kept of one session.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(in crate::stage) struct MambaState {
     now: Moment,
     base: Moment,
