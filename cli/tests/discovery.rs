@@ -146,6 +146,59 @@ fn any_one_of_the_invites_doors_last_known_peers_and_a_listed_name_leads_back() 
     fs::write(&doors, kept).unwrap();
 }
 
+#[test]
+fn the_charter_alone_leads_a_second_institutions_gateway_to_the_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let [first] = <[Node; 1]>::try_from(support::federation(folder.path(), "Leiden", &[("first", IDLE)])).unwrap();
+    let status = first.verb(&["status"]);
+    let addresses = status["control"].as_array().unwrap();
+    let address = addresses
+        .iter()
+        .find_map(|address| address.as_str().filter(|text| text.contains("/tcp/")));
+    let door = format!("{}@{}", status["node"].as_str().unwrap(), address.unwrap());
+    let mut second = Node::prepare(folder.path(), "second", IDLE);
+    let key = second.verb(&["institution", "new", "Utrecht"])["key"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    // All that the second gateway gets is this file, by mail perhaps.
+    let file = folder.path().join("next.charter");
+    let file = file.to_str().unwrap();
+    let entry = format!("{key}=Utrecht");
+    let next = first.verb(&[
+        "charter",
+        "new",
+        "--add-institution",
+        &entry,
+        "--door",
+        &door,
+        "--to",
+        file,
+    ]);
+    assert_eq!(next["doors"][0], door);
+    assert_eq!(second.verb(&["charter", "sign", file])["node_certified"], true);
+    second.start(&[]);
+    wait_for("the first gateway", Duration::from_secs(60), || {
+        let status = second.try_verb(&["status"]).unwrap_or_default();
+        let peers = status["peers"].as_array()?;
+        peers.iter().any(|peer| peer["path"] == "direct").then_some(())
+    });
+    // Without the door it would have found nobody: the next charter takes it away, and the traces of the meeting go too.
+    second.leave();
+    let node = door.split('@').next().unwrap();
+    first.verb(&["charter", "new", "--remove-door", node, "--to", file]);
+    assert!(
+        second.verb(&["charter", "sign", file])["doors"]
+            .as_array()
+            .unwrap()
+            .is_empty()
+    );
+    fs::remove_dir_all(polder_node::home::Home::open(&second.home).unwrap().index()).unwrap();
+    second.start(&[]);
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(second.verb(&["status"])["peers"].as_array().unwrap().len(), 0);
+}
+
 /// Bytes and packets that have gone through the loopback interface.
 fn loopback() -> (u64, u64) {
     let devices = fs::read_to_string("/proc/net/dev").unwrap_or_default();

@@ -588,6 +588,7 @@ mod tests {
                 models: String::new(),
                 policies: String::new(),
                 created: unix_now(),
+                doors: Vec::new(),
             });
             signed.sign(&key);
             let charters = Charters::new(vec![signed]).unwrap();

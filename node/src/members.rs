@@ -383,6 +383,7 @@ mod tests {
             models: String::new(),
             policies: String::new(),
             created: unix_now(),
+            doors: Vec::new(),
         });
         signed.sign(&institution());
         Charters::new(vec![signed]).unwrap()

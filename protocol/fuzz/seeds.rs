@@ -105,6 +105,7 @@ fn charters() -> Charters {
         models: "one".into(),
         policies: "be kind".into(),
         created: UnixSeconds(NOW.0 - 100),
+        doors: Vec::new(),
     };
     let mut signed = SignedCharter::new(&charter);
     signed.sign(&key(1));

@@ -214,6 +214,7 @@ impl World {
             models: String::new(),
             policies: String::new(),
             created: UnixSeconds(BEGIN - 1_000),
+            doors: Vec::new(),
         };
         let mut signed = SignedCharter::new(&charter);
         institutions.iter().take(3).for_each(|founder| signed.sign(founder));

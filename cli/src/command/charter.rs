@@ -6,13 +6,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow, bail, ensure};
 use clap::Subcommand;
+use polder_node::daemon::member_at;
 use polder_node::enrol::{CERTIFICATE_SECONDS, certify};
 use polder_node::home::{Home, Institution, write_whole};
 use polder_node::members::unix_now;
 use polder_protocol::charter::{
     Capabilities, Charter, CharterError, Charters, InstitutionEntry, SignedCharter, chain_from_bytes, chain_to_bytes,
 };
-use polder_protocol::hash::InstitutionId;
+use polder_protocol::hash::{InstitutionId, NodeId};
+use polder_protocol::invite::Door;
 use serde::Serialize;
 
 use crate::context::Context;
@@ -64,6 +66,13 @@ struct New {
     /// How many founders must sign a charter [default: more than half]
     #[arg(long, value_name = "COUNT")]
     threshold: Option<u16>,
+    /// Name a gateway as a door: whoever has only the charter begins there. Write NODE@/dns4/HOST/tcp/PORT; may be given
+    /// more than once, also for several addresses of one gateway
+    #[arg(long, value_name = "NODE@MULTIADDR", value_parser = door_address)]
+    door: Vec<(NodeId, String)>,
+    /// Name a gateway as a door no longer; may be given more than once
+    #[arg(long, value_name = "NODE", conflicts_with = "name")]
+    remove_door: Vec<NodeId>,
     /// Which models the federation trains and serves, in words
     #[arg(long, value_name = "TEXT")]
     models: Option<String>,
@@ -115,7 +124,9 @@ fn found(context: &Context, home: &Home, new: &New) -> anyhow::Result<()> {
         models: new.models.clone().unwrap_or_default(),
         policies: new.policies.clone().unwrap_or_default(),
         created: unix_now(),
+        doors: Vec::new(),
     };
+    add_doors(&mut charter, &new.door);
     charter.founders = founders.iter().map(|founder| founder.key.institution()).collect();
     add_founders(&mut charter, &new.add_founder)?;
     charter.threshold = new.threshold.unwrap_or_else(|| majority(&charter));
@@ -167,11 +178,18 @@ fn amend(context: &Context, home: &Home, new: &New) -> anyhow::Result<()> {
         None if changed_founders => majority(&charter),
         None => before.threshold,
     };
+    for node in &new.remove_door {
+        let count = charter.doors.len();
+        charter.doors.retain(|door| door.node != *node);
+        ensure!(charter.doors.len() < count, "{node} is no door of the charter");
+    }
+    add_doors(&mut charter, &new.door);
     charter.models = new.models.clone().unwrap_or(charter.models);
     charter.policies = new.policies.clone().unwrap_or(charter.policies);
     let same = Charter {
         created: before.created,
         previous: before.previous,
+        version: before.version,
         ..charter.clone()
     };
     if same == *before {
@@ -304,6 +322,26 @@ fn add_founders(charter: &mut Charter, texts: &[String]) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Adds addresses; the format version follows from whether there are doors.
+fn add_doors(charter: &mut Charter, addresses: &[(NodeId, String)]) {
+    for (node, address) in addresses {
+        match charter.doors.iter_mut().find(|door| door.node == *node) {
+            Some(door) if door.control.contains(address) => {}
+            Some(door) => door.control.push(address.clone()),
+            None => charter.doors.push(Door {
+                node: *node,
+                control: vec![address.clone()],
+                data: Vec::new(),
+            }),
+        }
+    }
+    charter.version = Charter::version_for(&charter.doors);
+}
+
+fn door_address(text: &str) -> Result<(NodeId, String), String> {
+    member_at(text).ok_or_else(|| "write NODE@/dns4/gateway.example.org/tcp/4001; `polder status` prints both".into())
+}
+
 fn entry((key, name): (InstitutionId, String)) -> InstitutionEntry {
     InstitutionEntry {
         key,
@@ -327,6 +365,8 @@ struct Answer {
     hash: String,
     threshold: u16,
     institutions: Vec<Row>,
+    /// Where whoever has only the charter begins, as `NODE@MULTIADDR`.
+    doors: Vec<String>,
     models: String,
     policies: String,
     created: String,
@@ -380,10 +420,18 @@ impl Answer {
             created: crate::institutions::date(charter.created),
             complete: Charters::new(chain.to_vec()).is_ok(),
             institutions,
+            doors: charter.doors.iter().flat_map(door_lines).collect(),
             in_force_here: false,
             node_certified: false,
         })
     }
+}
+
+/// A door's addresses, as `--door` takes them. They are a founder's words: nothing that a terminal would obey.
+fn door_lines(door: &Door) -> impl Iterator<Item = String> {
+    let printable = |text: &str| text.chars().filter(|letter| !letter.is_control()).collect::<String>();
+    let addresses = door.control.iter();
+    addresses.map(move |address| format!("{}@{}", door.node, printable(address)))
 }
 
 impl fmt::Display for Answer {
@@ -403,6 +451,9 @@ impl fmt::Display for Answer {
                 (false, _) => "member",
             };
             writeln!(f, "  {}  {} ({role}; {})", row.key, row.name, row.capabilities)?;
+        }
+        for door in &self.doors {
+            writeln!(f, "  door {door}")?;
         }
         match (self.complete, self.in_force_here) {
             (false, _) => writeln!(f, "not in force yet: other founders run `polder charter sign FILE`")?,

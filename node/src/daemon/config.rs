@@ -92,6 +92,13 @@ impl Default for Config {
     }
 }
 
+/// Reads `NODE@MULTIADDR`, as `bootstrap` and the doors of a charter are written.
+pub fn member_at(text: &str) -> Option<(NodeId, String)> {
+    let (node, address) = text.split_once('@')?;
+    is_multiaddress(address).then_some(())?;
+    Some((node.parse().ok()?, address.to_owned()))
+}
+
 /// A configuration that cannot be used.
 #[derive(Debug, Error)]
 pub enum ConfigError {
@@ -120,11 +127,7 @@ impl Config {
     ///
     /// The entry that is none.
     pub fn bootstrap(&self) -> Result<Vec<(NodeId, Vec<String>)>, String> {
-        let read = |entry: &String| {
-            let (node, address) = entry.split_once('@')?;
-            is_multiaddress(address).then_some(())?;
-            Some((node.parse().ok()?, vec![address.to_owned()]))
-        };
+        let read = |entry: &String| member_at(entry).map(|(node, address)| (node, vec![address]));
         self.bootstrap
             .iter()
             .map(|entry| read(entry).ok_or_else(|| entry.clone()))

@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use polder_protocol::hash::NodeId;
-use polder_protocol::invite::Invite;
+use polder_protocol::hash::{NodeId, digest};
+use polder_protocol::invite::{Door, Invite};
 use tokio::task::JoinHandle;
 
 use super::DaemonError;
 use super::acquaintances::Acquaintances;
-use crate::control::{self, ControlConfig, ControlError, ControlHandle, PeerEvent, Proxy, Service};
+use crate::control::{self, ControlConfig, ControlError, ControlHandle, PeerEvent, Proxy, Service, is_multiaddress};
 use crate::enrol::{self, Newcomer};
 use crate::gate::Gate;
 use crate::home::Home;
@@ -24,6 +24,9 @@ const HEARD_TIME_MAX: Duration = Duration::from_secs(2);
 
 /// Refusals that are remembered; whoever wants to fill this wastes only its own time.
 const REFUSALS_MAX: usize = 64;
+
+/// Doors of the charter that one node tries: if half of all are closed for good, one node in sixty thousand finds none.
+const CHARTER_DOORS_TRIED_MAX: usize = 16;
 
 /// Peers that turned this node away, and why: for `polder status`.
 #[derive(Debug, Default)]
@@ -219,22 +222,42 @@ async fn renew(home: &Home, members: &Arc<Members>, control: &ControlHandle) {
     }
 }
 
-/// Peers to start from: those that the configuration lists, those that were met last, and the doors of the invite. Any
-/// of them suffices.
+/// Peers to start from: those that the configuration lists, those that were met last, the doors of the invite, and those of
+/// the charter. Any of them suffices.
 pub(super) fn bootstrap(
     home: &Home,
+    members: &Members,
     known: &Acquaintances,
     listed: Vec<(NodeId, Vec<String>)>,
 ) -> Result<Vec<(NodeId, Vec<String>)>, DaemonError> {
     let mut peers = listed;
     peers.extend(known.latest());
-    for door in home.peers()? {
-        match door.id() {
-            Some(node) if peers.iter().all(|(known, _)| *known != node) => peers.push((node, door.control)),
-            _ => {}
+    let invited = home
+        .peers()?
+        .into_iter()
+        .filter_map(|door| Some((door.id()?, door.control)));
+    for (node, addresses) in invited.chain(charter_doors(members.node(), &members.charters().current().doors)) {
+        if peers.iter().all(|(known, _)| *known != node) {
+            peers.push((node, addresses));
         }
     }
     Ok(peers)
+}
+
+/// The doors of a charter that this node tries: each node has its own few, so that a large federation's members do not all
+/// hang on the same gateway. What is no address was written by founders, and must not keep the node from starting.
+fn charter_doors(own: NodeId, doors: &[Door]) -> Vec<(NodeId, Vec<String>)> {
+    let mut others: Vec<&Door> = doors.iter().filter(|door| door.node != own).collect();
+    others.sort_by_cached_key(|door| digest(&[own.0, door.node.0].concat()));
+    let addresses = |door: &Door| -> Vec<String> {
+        let usable = door.control.iter().filter(|address| is_multiaddress(address));
+        usable.cloned().collect()
+    };
+    let tried = others.into_iter().map(|door| (door.node, addresses(door)));
+    tried
+        .filter(|(_, addresses)| !addresses.is_empty())
+        .take(CHARTER_DOORS_TRIED_MAX)
+        .collect()
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
@@ -247,5 +270,28 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 impl From<ControlError> for DaemonError {
     fn from(source: ControlError) -> Self {
         Self::Control(source)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_tries_some_doors_of_a_long_charter_and_never_itself_or_what_is_no_address() {
+        let door = |id: u8, address: &str| Door {
+            node: NodeId([id; 32]),
+            control: vec![address.to_owned()],
+            data: Vec::new(),
+        };
+        let mut doors: Vec<Door> = (0..64).map(|id| door(id, "/ip4/192.0.2.1/tcp/4001")).collect();
+        doors.push(door(99, "gateway.example.org"));
+        let tried = |own: u8| charter_doors(NodeId([own; 32]), &doors);
+        assert_eq!(tried(0).len(), CHARTER_DOORS_TRIED_MAX);
+        assert_ne!(tried(0), tried(1), "not all try the same");
+        for own in 0..64 {
+            let nodes: Vec<u8> = tried(own).iter().map(|(node, _)| node.0[0]).collect();
+            assert!(!nodes.contains(&own) && !nodes.contains(&99), "{nodes:?}");
+        }
     }
 }

@@ -27,7 +27,7 @@ use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-pub use config::{Config, ConfigError};
+pub use config::{Config, ConfigError, member_at};
 pub use doctor::{Finding, Health};
 pub use local::LocalApi;
 pub use probe::{EchoReport, EchoRequest};
@@ -193,7 +193,7 @@ impl Daemon {
         )?;
         let acquaintances = open_index(&home).await?;
         let listed = config.bootstrap().map_err(|entry| DaemonError::Bootstrap { entry })?;
-        let bootstrap = membership::bootstrap(&home, &acquaintances, listed)?;
+        let bootstrap = membership::bootstrap(&home, &members, &acquaintances, listed)?;
         let control = start_control(&config, &key, &members, Arc::clone(&gate), &data, bootstrap).await?;
         // Set once, here.
         let _ = book.0.set(control.clone());

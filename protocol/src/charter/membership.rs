@@ -511,6 +511,7 @@ mod tests {
             models: String::new(),
             policies: String::new(),
             created: UnixSeconds(1),
+            doors: Vec::new(),
         };
         let mut signed = SignedCharter::new(&charter);
         signed.sign(&institution());

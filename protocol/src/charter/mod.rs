@@ -2,8 +2,12 @@
 //!
 //! A charter names the institutions. It is signed by at least `threshold` of its founders; the next charter names the
 //! hash of the one before it and is signed by enough founders of both. The hash of the first names the federation.
+//!
+//! A charter may name doors: gateways with their addresses, where whoever has only this document begins. They are
+//! amended as everything else in it. A charter without doors is written in format version 1, as it always was.
 
 mod certificate;
+mod doors;
 mod membership;
 
 use alloc::collections::BTreeSet;
@@ -13,13 +17,15 @@ use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::hash::{Digest, FederationId, InstitutionId, digest};
+use crate::hash::{Digest, FederationId, InstitutionId, NodeId, digest};
 use crate::identity::{KeyPair, Signature, SignedError, verify, whole};
+use crate::invite::Door;
 use crate::time::UnixSeconds;
 
 pub use certificate::{
     CERTIFICATE_SECONDS_MAX, CLOCK_SKEW_SECONDS, Capabilities, CapabilityError, Certificate, REVOKED_MAX, Revocation,
 };
+pub use doors::{CHARTER_DOORS_MAX, DOOR_ADDRESS_BYTES_MAX};
 pub use membership::{Credentials, Member, Membership, Refusal, RevocationError};
 
 /// The longest encoding of one charter: some hundred institutions.
@@ -51,7 +57,7 @@ pub struct InstitutionEntry {
 /// What the founders agree on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Charter {
-    /// Format version, 1.
+    /// Format version: 1, or 2 for a charter with doors.
     pub version: u16,
     /// What people call the federation.
     pub name: String,
@@ -69,6 +75,9 @@ pub struct Charter {
     pub policies: String,
     /// When it was written.
     pub created: UnixSeconds,
+    /// Where to begin, in the order in which to try. Written in format version 2 only.
+    #[serde(skip)]
+    pub doors: Vec<Door>,
 }
 
 /// Why a charter, or a chain of them, does not hold.
@@ -77,7 +86,7 @@ pub struct Charter {
 pub enum CharterError {
     #[error("charter is malformed: {0}")]
     Malformed(#[from] SignedError),
-    #[error("charter has format version {0}, this program reads 1")]
+    #[error("charter has format version {0}, this program reads 1 and 2")]
     Version(u16),
     #[error("charter has {count} {what}, at most {limit} are allowed")]
     TooMany {
@@ -89,6 +98,8 @@ pub enum CharterError {
     Threshold { threshold: u16, founders: usize },
     #[error("charter names institution {0} twice")]
     Twice(InstitutionId),
+    #[error("charter names the door {0} twice, or without an address")]
+    Door(NodeId),
     #[error("charter has {valid} valid signatures of its {whose} founders, it needs {threshold}")]
     Unsigned {
         valid: usize,
@@ -108,7 +119,29 @@ impl Charter {
     /// The bytes that are hashed and signed.
     pub fn to_bytes(&self) -> Vec<u8> {
         // A charter holds nothing that postcard cannot write.
-        postcard::to_allocvec(self).unwrap_or_default()
+        match self.version {
+            1 => postcard::to_allocvec(self).unwrap_or_default(),
+            _ => postcard::to_allocvec(&(self, &self.doors)).unwrap_or_default(),
+        }
+    }
+
+    /// Reads [`Self::to_bytes`], whatever it says.
+    fn from_bytes(bytes: &[u8]) -> Result<Self, CharterError> {
+        // Every version begins with its number.
+        let number = postcard::take_from_bytes::<u16>(bytes).map_err(|error| SignedError::Malformed(error))?;
+        match number.0 {
+            1 => Ok(whole(bytes)?),
+            2 => {
+                let (charter, doors): (Self, Vec<Door>) = whole(bytes)?;
+                Ok(Self { doors, ..charter })
+            }
+            other => Err(CharterError::Version(other)),
+        }
+    }
+
+    /// The oldest format version that has words for these doors, so that older programs read what they can.
+    pub fn version_for(doors: &[Door]) -> u16 {
+        if doors.is_empty() { 1 } else { 2 }
     }
 
     /// The entry of an institution.
@@ -121,9 +154,10 @@ impl Charter {
             true => Err(CharterError::TooMany { what, count, limit }),
             false => Ok(()),
         };
-        if self.version != 1 {
+        if !(1..=2).contains(&self.version) {
             return Err(CharterError::Version(self.version));
         }
+        doors::check(&self.doors)?;
         at_most("founders", self.founders.len(), FOUNDERS_MAX)?;
         at_most("institutions", self.institutions.len(), INSTITUTIONS_MAX)?;
         at_most("bytes of name", self.name.len(), NAME_BYTES_MAX)?;
@@ -196,7 +230,7 @@ impl SignedCharter {
                 limit: CHARTER_BYTES_MAX,
             });
         }
-        let charter: Charter = whole(&self.body)?;
+        let charter = Charter::from_bytes(&self.body)?;
         charter.check()?;
         Ok(charter)
     }
@@ -356,7 +390,7 @@ pub fn chain_from_bytes(bytes: &[u8]) -> Result<Vec<SignedCharter>, CharterError
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use alloc::string::ToString;
     use alloc::vec;
@@ -446,11 +480,11 @@ mod tests {
         }
     }
 
-    fn key(seed: u8) -> KeyPair {
+    pub(in crate::charter) fn key(seed: u8) -> KeyPair {
         KeyPair::from_seed(&[seed; 32])
     }
 
-    fn charter() -> Charter {
+    pub(in crate::charter) fn charter() -> Charter {
         Charter {
             version: 1,
             name: "Test".to_string(),
@@ -461,6 +495,7 @@ mod tests {
             models: String::new(),
             policies: String::new(),
             created: UnixSeconds(1_000),
+            doors: Vec::new(),
         }
     }
 
