@@ -13,7 +13,7 @@ use std::time::Instant;
 use polder_kernels::device::Device;
 use polder_kernels::train::{TrainData, TrainStage, initial_parameters};
 use polder_protocol::layout::BlockRange;
-use polder_protocol::run::Inner;
+use polder_protocol::run::{Inner, Optimiser, Schedule};
 use serde_json::{Value, json};
 
 // What people run has it too (see `cli`).
@@ -207,6 +207,10 @@ fn own(shape: &Shape, steps: u32, blocks_kept: u32) -> Value {
         weight_decay: 0.1,
         clip_norm: 1.0,
         decay_ppm: 200_000,
+        final_ppm: 0,
+        schedule: Schedule::WarmupStableDecay,
+        optimiser: Optimiser::AdamW,
+        goldfish: None,
     };
     let (layout, parameters) = initial_parameters(&config, 1).expect("a valid shape");
     let count = layout.elements();

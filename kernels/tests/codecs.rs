@@ -13,7 +13,7 @@ use polder_protocol::aggregate::{OuterStep, PartState, Update, apply};
 use polder_protocol::codec::{ErrorFeedback, Frame, Header, codec_of_round, encode, frame_bytes};
 use polder_protocol::hash::{Digest, InstitutionId, RunId};
 use polder_protocol::layout::{BlockRange, Layout, Part};
-use polder_protocol::run::{Codec, Inner, Outer};
+use polder_protocol::run::{Codec, Inner, Optimiser, Outer, Schedule};
 
 const WORKERS: u64 = 4;
 const BLOCKS: u32 = 2;
@@ -269,6 +269,10 @@ fn inner(warmup_steps: u32) -> Inner {
         weight_decay: 0.1,
         clip_norm: 1.0,
         decay_ppm: 200_000,
+        final_ppm: 0,
+        schedule: Schedule::WarmupStableDecay,
+        optimiser: Optimiser::AdamW,
+        goldfish: None,
     }
 }
 

@@ -10,10 +10,13 @@ use crate::hash::{BlobId, Digest, FederationId, NodeId, RunId, digest};
 use crate::layout::Layout;
 use crate::time::Span;
 
+/// The format of a [`RunSpec`]: 2 since a run names its optimiser.
+pub const SPEC_VERSION: u16 = 2;
+
 /// The agreed facts of a run. Its hash is the [`RunId`]; the steward signs it as the first entry of the run's log.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunSpec {
-    /// Format version, 1.
+    /// Format version, [`SPEC_VERSION`].
     pub version: u16,
     /// What people call it.
     pub name: String,
@@ -49,7 +52,7 @@ pub struct RunSpec {
     pub boundary: Boundary,
 }
 
-/// The inner optimiser, AdamW, and its schedule.
+/// The inner optimiser, its schedule and its loss.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Inner {
     /// H, the inner steps of one round.
@@ -64,18 +67,147 @@ pub struct Inner {
     pub learning_rate: f32,
     /// Steps from zero to the peak learning rate, counted over the run.
     pub warmup_steps: u32,
-    /// First AdamW moment decay.
+    /// Decay of the mean of gradients, of AdamW and AdEMAMix.
     pub beta_1: f32,
-    /// Second AdamW moment decay.
+    /// Decay of the mean square of gradients.
     pub beta_2: f32,
-    /// AdamW epsilon.
+    /// What is added to the root of the mean square.
     pub epsilon: f32,
     /// Decoupled weight decay, on tensors of two dimensions.
     pub weight_decay: f32,
-    /// Largest global gradient norm.
+    /// Largest global gradient norm; zero is no limit.
     pub clip_norm: f32,
-    /// Share of the run, in millionths, over which the rate falls at its end (1 − √ decay).
+    /// Share of the run, in millionths, over which the rate falls at its end, with [`Schedule::WarmupStableDecay`].
     pub decay_ppm: u32,
+    /// What the rate falls to, in millionths of the peak.
+    pub final_ppm: u32,
+    /// How the rate changes after its warm-up.
+    pub schedule: Schedule,
+    /// What makes a step of a gradient.
+    pub optimiser: Optimiser,
+    /// Labels that are left out of the loss; `None` leaves out none.
+    pub goldfish: Option<Goldfish>,
+}
+
+/// What makes a step of a gradient.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub enum Optimiser {
+    /// Loshchilov and Hutter 2019.
+    #[default]
+    AdamW,
+    /// AdamW with a second, slow mean of gradients (arXiv 2409.03137).
+    AdEmaMix {
+        /// Decay of the slow mean, once warm.
+        beta_3: f32,
+        /// Weight of the slow mean, once warm.
+        alpha: f32,
+        /// Steps over which both grow.
+        warmup_steps: u32,
+    },
+    /// Momentum made orthogonal, for the matrices of blocks; AdamW for embedding, head and everything that is no matrix.
+    Muon {
+        /// Peak learning rate of those matrices; the other one is AdamW's. Both follow one schedule.
+        learning_rate: f32,
+        /// Decay of the momentum, which is Nesterov's.
+        momentum: f32,
+        /// Newton and Schulz's iterations.
+        iterations: u32,
+    },
+}
+
+/// How the learning rate changes after its warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Schedule {
+    /// It stays, and falls as 1 − √ over the last share of the run.
+    #[default]
+    WarmupStableDecay,
+    /// It falls along half a cosine to the end of the run.
+    Cosine,
+}
+
+/// Goldfish loss: one label in `every` is left out of the loss, always the same after the same words, so that no text is
+/// learnt by heart (arXiv 2406.10209).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Goldfish {
+    /// One label in so many.
+    pub every: u32,
+    /// Labels that decide, the one in question included.
+    pub window: u32,
+    /// Which windows leave theirs out.
+    pub seed: u64,
+}
+
+/// The longest window of [`Goldfish`].
+pub const GOLDFISH_WINDOW_MAX: u32 = 4_096;
+/// The most iterations of [`Optimiser::Muon`]: its matrices are as orthogonal as they get after ten.
+pub const MUON_ITERATIONS_MAX: u32 = 20;
+
+impl Inner {
+    /// Looks at numbers that would make every step wrong. What is wrong is named as in the run file.
+    ///
+    /// # Errors
+    ///
+    /// The setting at fault.
+    pub fn check(&self) -> Result<(), &'static str> {
+        let share = |value: f32| (0.0..1.0).contains(&value);
+        let rules = [
+            (
+                (0.0..=10.0).contains(&self.learning_rate),
+                "`learning_rate` is not within 0 and 10",
+            ),
+            (share(self.beta_1), "`beta_1` is not at least 0 and below 1"),
+            (share(self.beta_2), "`beta_2` is not at least 0 and below 1"),
+            (
+                self.epsilon > 0.0 && self.epsilon <= 1.0,
+                "`epsilon` is not above 0 and at most 1",
+            ),
+            (
+                (0.0..=10.0).contains(&self.weight_decay),
+                "`weight_decay` is not within 0 and 10",
+            ),
+            (
+                self.clip_norm >= 0.0 && self.clip_norm.is_finite(),
+                "`clip_norm` is below 0 or not finite",
+            ),
+            (self.decay_ppm <= 1_000_000, "`decay` is more than the run"),
+            (self.final_ppm <= 1_000_000, "`final_rate` is above the peak"),
+        ];
+        let optimiser = match self.optimiser {
+            Optimiser::AdamW => [(true, ""); 3],
+            Optimiser::AdEmaMix { beta_3, alpha, .. } => [
+                (share(beta_3), "`beta_3` of AdEMAMix is not at least 0 and below 1"),
+                (
+                    (0.0..=1_000.0).contains(&alpha),
+                    "`alpha` of AdEMAMix is not within 0 and 1000",
+                ),
+                (true, ""),
+            ],
+            Optimiser::Muon {
+                learning_rate,
+                momentum,
+                iterations,
+            } => [
+                (
+                    (0.0..=10.0).contains(&learning_rate),
+                    "`learning_rate` of Muon is not within 0 and 10",
+                ),
+                (share(momentum), "`momentum` of Muon is not at least 0 and below 1"),
+                (
+                    (1..=MUON_ITERATIONS_MAX).contains(&iterations),
+                    "`iterations` of Muon are not 1 to 20",
+                ),
+            ],
+        };
+        let goldfish = self
+            .goldfish
+            .is_none_or(|goldfish| goldfish.every >= 2 && (1..=GOLDFISH_WINDOW_MAX).contains(&goldfish.window));
+        let goldfish = (
+            goldfish,
+            "goldfish leaves out one label in 2 or more, by a `window` of 1 to 4096",
+        );
+        let mut all = rules.into_iter().chain(optimiser).chain([goldfish]);
+        all.find(|(kept, _)| !kept).map_or(Ok(()), |(_, broken)| Err(broken))
+    }
 }
 
 /// The outer step over the mean pseudo-gradient g.

@@ -8,7 +8,7 @@ use alloc::vec::Vec;
 use crate::hash::{BlobId, FederationId, InstitutionId, NodeId, digest};
 use crate::layout::{BlockRange, Layout, PartLayout};
 use crate::log::{Body, Contribution, Ledger, ReplicaId, Round, Seal, Signature, Stage};
-use crate::run::{Boundary, Closing, Codec, Inner, Outer, RunSpec};
+use crate::run::{Boundary, Closing, Codec, Inner, Optimiser, Outer, RunSpec, SPEC_VERSION, Schedule};
 use crate::time::Span;
 
 /// Blocks of the run's model.
@@ -49,7 +49,7 @@ fn signature(node: NodeId, domain: &str, bytes: &[u8]) -> Signature {
 /// A run of node 1: 100 rounds, quorum 2, grace 10 s, deadline 60 s, 2 rounds late.
 pub(crate) fn spec() -> RunSpec {
     RunSpec {
-        version: 1,
+        version: SPEC_VERSION,
         name: String::from("test"),
         federation: FederationId::default(),
         steward: node(1),
@@ -73,6 +73,10 @@ pub(crate) fn spec() -> RunSpec {
             weight_decay: 0.1,
             clip_norm: 1.0,
             decay_ppm: 0,
+            final_ppm: 0,
+            schedule: Schedule::WarmupStableDecay,
+            optimiser: Optimiser::AdamW,
+            goldfish: None,
         },
         outer: Outer {
             codec: Codec::Raw,

@@ -116,6 +116,8 @@ pub enum Task {
         inner: Inner,
         /// All inner steps of the run, for the schedule.
         steps_total: u64,
+        /// The optimiser's state as [`Task::TrainWrite`] wrote it; without it the optimiser begins afresh.
+        optimiser_file: Option<String>,
     },
     /// Replace the parameters of a training stage after an outer step; optimiser state stays. Answered with
     /// [`Answer::Done`].
@@ -188,7 +190,7 @@ pub enum Task {
         /// Micro-batches of the step.
         micro_batches: u32,
     },
-    /// AdamW with the accumulated gradients, clipped by the global norm. Answered with [`Answer::Done`].
+    /// An optimiser's step with the accumulated gradients, clipped by the global norm. Answered with [`Answer::Done`].
     TrainApply {
         /// Which stage.
         stage: StageId,
@@ -203,6 +205,8 @@ pub enum Task {
         stage: StageId,
         /// Where, one per part of the stage's range.
         part_files: Vec<String>,
+        /// Where the optimiser's state goes, for a worker that goes on with the same bits.
+        optimiser_file: Option<String>,
     },
     /// Score held-out texts with a training stage that holds the whole model. Answered with [`Answer::Scored`].
     Score {

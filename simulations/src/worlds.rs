@@ -3,7 +3,7 @@
 use polder_protocol::hash::{BlobId, FederationId, InstitutionId, NodeId, digest};
 use polder_protocol::layout::{Layout, PartLayout};
 use polder_protocol::rng::Random;
-use polder_protocol::run::{Boundary, Closing, Codec, Inner, Outer, RunSpec};
+use polder_protocol::run::{Boundary, Closing, Codec, Inner, Optimiser, Outer, RunSpec, SPEC_VERSION, Schedule};
 use polder_protocol::time::{Instant, Span};
 
 /// Blocks of every world's model: two stages of two, or one of three and one of one.
@@ -187,7 +187,7 @@ fn fault(hosts: usize, quiet_at: Instant, random: &mut Random) -> Vec<(Instant, 
 fn spec(seed: u64, random: &mut Random) -> RunSpec {
     let parts = BLOCKS + 2;
     RunSpec {
-        version: 1,
+        version: SPEC_VERSION,
         name: format!("seed {seed}"),
         federation: FederationId::default(),
         steward: node_id(0),
@@ -213,6 +213,10 @@ fn spec(seed: u64, random: &mut Random) -> RunSpec {
             weight_decay: 0.1,
             clip_norm: 1.0,
             decay_ppm: 0,
+            final_ppm: 0,
+            schedule: Schedule::WarmupStableDecay,
+            optimiser: Optimiser::AdamW,
+            goldfish: None,
         },
         outer: Outer {
             codec: Codec::Raw,

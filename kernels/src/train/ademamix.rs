@@ -1,70 +1,62 @@
 //! AdEMAMix over slices: AdamW with a second, slow mean of gradients (arXiv 2409.03137), which Apertus was trained with.
 
+use rayon::prelude::*;
+
+use super::optimiser::CHUNK;
+use super::vectorised::vectorised;
+
 /// A step's settings.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct AdEmaMix {
+pub(super) struct AdEmaMix {
     /// How far a step goes.
-    pub learning_rate: f32,
+    pub(super) learning_rate: f32,
     /// Decay of the fast mean.
-    pub beta_1: f32,
+    pub(super) beta_1: f32,
     /// Decay of the mean square.
-    pub beta_2: f32,
+    pub(super) beta_2: f32,
     /// Decay of the slow mean, once warm.
-    pub beta_3: f32,
+    pub(super) beta_3: f32,
     /// Weight of the slow mean, once warm.
-    pub alpha: f32,
+    pub(super) alpha: f32,
     /// Added to the root of the mean square.
-    pub epsilon: f32,
+    pub(super) epsilon: f32,
     /// Decoupled weight decay.
-    pub weight_decay: f32,
+    pub(super) weight_decay: f32,
     /// Steps over which `alpha` grows in a line.
-    pub alpha_warmup_steps: u64,
+    pub(super) alpha_warmup_steps: u64,
     /// Steps over which `beta_3` grows so that its half-life does in a line.
-    pub beta_3_warmup_steps: u64,
-}
-
-/// What is kept of each parameter.
-#[derive(Debug, Clone, PartialEq)]
-pub struct AdEmaMixState {
-    fast: Vec<f32>,
-    slow: Vec<f32>,
-    square: Vec<f32>,
-    steps: u64,
-}
-
-impl AdEmaMixState {
-    /// Before the first step.
-    pub fn new(elements: usize) -> Self {
-        Self {
-            fast: vec![0.0; elements],
-            slow: vec![0.0; elements],
-            square: vec![0.0; elements],
-            steps: 0,
-        }
-    }
+    pub(super) beta_3_warmup_steps: u64,
+    /// What each gradient is multiplied by first.
+    pub(super) gradient_scale: f32,
 }
 
 impl AdEmaMix {
-    /// Takes a step. The fast mean is corrected for its bias, the slow one is not.
+    /// Takes step `count` (from 1) with the means: fast, slow, of squares. The fast one is corrected for its bias, the slow
+    /// one is not.
     ///
     /// # Panics
     ///
     /// When lengths differ.
-    pub fn step(&self, parameters: &mut [f32], gradient: &[f32], state: &mut AdEmaMixState) {
-        assert!(parameters.len() == gradient.len() && parameters.len() == state.fast.len());
-        state.steps += 1;
-        let correction = |beta: f32| 1.0 - f64::from(beta).powf(state.steps as f64);
-        let fast_share = (1.0 / correction(self.beta_1)) as f32;
-        let square_share = (1.0 / correction(self.beta_2)) as f32;
-        let (alpha, beta_3) = (self.alpha_at(state.steps), self.beta_3_at(state.steps));
-        let means = state.fast.iter_mut().zip(&mut state.slow).zip(&mut state.square);
-        for ((p, g), ((fast, slow), square)) in parameters.iter_mut().zip(gradient).zip(means) {
-            *fast = self.beta_1 * *fast + (1.0 - self.beta_1) * g;
-            *slow = beta_3 * *slow + (1.0 - beta_3) * g;
-            *square = self.beta_2 * *square + (1.0 - self.beta_2) * g * g;
-            let update = (*fast * fast_share + alpha * *slow) / ((*square * square_share).sqrt() + self.epsilon);
-            *p -= self.learning_rate * (update + self.weight_decay * *p);
-        }
+    pub(super) fn step(&self, parameters: &mut [f32], gradient: &[f32], means: [&mut [f32]; 3], count: u64) {
+        let [fast, slow, square] = means;
+        assert!([gradient.len(), fast.len(), slow.len(), square.len()] == [parameters.len(); 4]);
+        let correction = |beta: f32| 1.0 - f64::from(beta).powf(count as f64);
+        let now = Now {
+            settings: *self,
+            alpha: self.alpha_at(count),
+            beta_3: self.beta_3_at(count),
+            fast_share: (1.0 / correction(self.beta_1)) as f32,
+            square_share: (1.0 / correction(self.beta_2)) as f32,
+        };
+        parameters
+            .par_chunks_mut(CHUNK)
+            .zip(gradient.par_chunks(CHUNK))
+            .zip(fast.par_chunks_mut(CHUNK))
+            .zip(slow.par_chunks_mut(CHUNK))
+            .zip(square.par_chunks_mut(CHUNK))
+            .for_each(|((((parameters, gradient), fast), slow), square)| {
+                ademamix(parameters, gradient, fast, slow, square, now);
+            });
     }
 
     /// The slow mean's weight at step `step` (from 1).
@@ -87,6 +79,40 @@ impl AdEmaMix {
     }
 }
 
+/// What is common to all elements of a step.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Now {
+    settings: AdEmaMix,
+    alpha: f32,
+    beta_3: f32,
+    fast_share: f32,
+    square_share: f32,
+}
+
+vectorised! {
+    /// See [`AdEmaMix::step`].
+    fn ademamix(
+        parameters: &mut [f32],
+        gradient: &[f32],
+        fast: &mut [f32],
+        slow: &mut [f32],
+        square: &mut [f32],
+        now: Now,
+    ) {
+        let set = now.settings;
+        let means = fast.iter_mut().zip(slow).zip(square);
+        for ((p, g), ((fast, slow), square)) in parameters.iter_mut().zip(gradient).zip(means) {
+            let g = g * set.gradient_scale;
+            *fast = set.beta_1 * *fast + (1.0 - set.beta_1) * g;
+            *slow = now.beta_3 * *slow + (1.0 - now.beta_3) * g;
+            *square = set.beta_2 * *square + (1.0 - set.beta_2) * g * g;
+            let root = (*square * now.square_share).sqrt() + set.epsilon;
+            let update = (*fast * now.fast_share + now.alpha * *slow) / root;
+            *p -= set.learning_rate * (update + set.weight_decay * *p);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::rules::{number, row, rule, whole};
@@ -105,9 +131,10 @@ mod tests {
             weight_decay: number(&rule, "weight_decay"),
             alpha_warmup_steps: whole(&rule, "alpha_warmup"),
             beta_3_warmup_steps: whole(&rule, "beta3_warmup"),
+            gradient_scale: 1.0,
         };
         let mut parameters = row(&rule["p0"]);
-        let mut state = AdEmaMixState::new(parameters.len());
+        let mut means = [0; 3].map(|_| vec![0.0; parameters.len()]);
         let steps = rule["grads"]
             .as_array()
             .unwrap()
@@ -116,7 +143,8 @@ mod tests {
         for (at, (gradient, right)) in steps.enumerate() {
             assert!((settings.alpha_at(at as u64 + 1) - row(&rule["alpha_t"])[at]).abs() < 1e-6);
             assert!((settings.beta_3_at(at as u64 + 1) - row(&rule["beta3_t"])[at]).abs() < 1e-6);
-            settings.step(&mut parameters, &row(gradient), &mut state);
+            let [fast, slow, square] = &mut means;
+            settings.step(&mut parameters, &row(gradient), [fast, slow, square], at as u64 + 1);
             for (p, right) in parameters.iter().zip(row(right)) {
                 assert!((p - right).abs() < 2e-6, "{p} {right}");
             }

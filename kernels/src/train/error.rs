@@ -11,6 +11,8 @@ use crate::model::ConfigError;
 pub enum TrainError {
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error("the run's settings: {0}")]
+    Setting(&'static str),
     #[error("blocks {first} to {end} are not a range of a model of {blocks} blocks")]
     Range { first: u32, end: u32, blocks: u32 },
     #[error("a model with `tie_word_embeddings` cannot be trained in several stages: first and last share a tensor")]

@@ -2,34 +2,49 @@
 //! learnt by heart (arXiv 2406.10209).
 
 use polder_protocol::rng::Random;
+use polder_protocol::run;
 
 /// As many entries as the published table has; a prime.
 const TABLE_ENTRIES: u64 = 1_000_003;
 
+/// A target that is left out of the loss. No vocabulary is so large.
+pub(super) const LEFT_OUT: u32 = u32::MAX;
+
 /// Which labels are left out.
 #[derive(Debug, Clone)]
-pub struct Goldfish {
+pub(super) struct Goldfish {
     /// Labels that decide, the one in question included.
     window: usize,
     dropped: Vec<bool>,
 }
 
 impl Goldfish {
-    /// Leaves out one label in `every`, by the `window` labels that end with it. The table follows from `seed`.
-    ///
-    /// `None` where `every` or `window` is zero.
-    pub fn new(every: u32, window: usize, seed: u64) -> Option<Self> {
-        if every == 0 || window == 0 {
-            return None;
-        }
+    /// The table follows from the seed.
+    pub(super) fn new(set: run::Goldfish) -> Self {
+        let run::Goldfish { every, window, seed } = set;
         let mut random = Random::from_labels(&[seed, TABLE_ENTRIES]);
-        let below = 1.0 / every as f32;
+        let below = 1.0 / every.max(1) as f32;
         let dropped = (0..TABLE_ENTRIES).map(|_| random.unit_f32() < below).collect();
-        Some(Self { window, dropped })
+        Self {
+            window: window.max(1) as usize,
+            dropped,
+        }
+    }
+
+    /// Marks the labels of each sequence that are left out with [`LEFT_OUT`]: `[batch, seq]`.
+    pub(super) fn leave_out(&self, labels: &mut [u32], seq: usize) {
+        for row in labels.chunks_mut(seq.max(1)) {
+            let counts = self.counts(row);
+            for (label, counts) in row.iter_mut().zip(counts) {
+                if !counts {
+                    *label = LEFT_OUT;
+                }
+            }
+        }
     }
 
     /// Whether each label of a text counts. Labels before the first whole window do.
-    pub fn counts(&self, labels: &[u32]) -> Vec<bool> {
+    fn counts(&self, labels: &[u32]) -> Vec<bool> {
         let before = (self.window - 1).min(labels.len());
         let rest = labels.windows(self.window).map(|window| {
             let dropped = self.dropped.get(index(window)).copied().unwrap_or(false);
@@ -70,7 +85,11 @@ mod tests {
 
     #[test]
     fn about_one_label_in_many_is_left_out_and_always_the_same() {
-        let goldfish = Goldfish::new(50, 13, 7).unwrap();
+        let goldfish = Goldfish::new(run::Goldfish {
+            every: 50,
+            window: 13,
+            seed: 7,
+        });
         let labels: Vec<u32> = (0..20_000u32)
             .map(|i| i.wrapping_mul(2_654_435_761) % 50_000 + 1)
             .collect();
@@ -80,6 +99,12 @@ mod tests {
         assert!(counts[..12].iter().all(|counts| *counts));
         // The same words elsewhere decide alike.
         assert_eq!(goldfish.counts(&labels[100..])[12..], counts[112..]);
-        assert!(Goldfish::new(0, 13, 7).is_none());
+        let mut rows = [&labels[..100], &labels[50..150]].concat();
+        goldfish.leave_out(&mut rows, 100);
+        for (row, label) in rows.iter().enumerate() {
+            let (start, at) = (row / 100 * 50, row % 100);
+            let left_out = at >= 12 && !counts[start + at];
+            assert_eq!(*label == LEFT_OUT, left_out, "{row}");
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! Consecutive blocks of a model, loaded for training: forward, backward, inner optimiser, held-out scores.
 
+mod adamw;
 mod ademamix;
 mod balance;
 mod checks;
@@ -16,22 +17,20 @@ mod muon;
 mod optimiser;
 #[cfg(test)]
 mod rules;
+mod schedule;
 mod stage;
 mod vectorised;
 
-pub use ademamix::{AdEmaMix, AdEmaMixState};
 pub use balance::{BALANCE_RATE, balance};
 pub use data::TrainData;
 pub use error::TrainError;
-pub use goldfish::Goldfish;
 pub use initial::initial_parameters;
-pub use muon::Muon;
-pub use optimiser::learning_rate;
+pub use schedule::learning_rate;
 pub use stage::{MICRO_BATCHES_KEPT_MAX, Stepped, TrainInput, TrainOutput, TrainStage};
 
 #[cfg(test)]
 mod tests {
-    use polder_protocol::run::Inner;
+    use polder_protocol::run::{Inner, Optimiser, Schedule};
 
     /// An inner optimiser for tests.
     pub(super) fn inner(learning_rate: f32, warmup_steps: u32, decay_ppm: u32) -> Inner {
@@ -48,6 +47,10 @@ mod tests {
             weight_decay: 0.1,
             clip_norm: 1.0,
             decay_ppm,
+            final_ppm: 0,
+            schedule: Schedule::WarmupStableDecay,
+            optimiser: Optimiser::AdamW,
+            goldfish: None,
         }
     }
 }

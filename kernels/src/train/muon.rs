@@ -1,18 +1,22 @@
 //! Muon: momentum whose matrix is made nearly orthogonal by Newton and Schulz's iteration, in f32.
 
+use super::cpu::product::{Mode, Threads, View, ViewMut, product};
+
 /// A step's settings.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Muon {
+pub(super) struct Muon {
     /// How far a step goes, before [`Muon::step`] widens it for tall matrices.
-    pub learning_rate: f32,
+    pub(super) learning_rate: f32,
     /// Decay of the momentum.
-    pub momentum: f32,
+    pub(super) momentum: f32,
     /// Whether the gradient is mixed in once more.
-    pub nesterov: bool,
+    pub(super) nesterov: bool,
     /// Decoupled weight decay.
-    pub weight_decay: f32,
+    pub(super) weight_decay: f32,
     /// Iterations.
-    pub iterations: u32,
+    pub(super) iterations: u32,
+    /// What each gradient is multiplied by first.
+    pub(super) gradient_scale: f32,
 }
 
 /// The quintic that drives singular values towards one, tuned for a steep slope at zero.
@@ -26,16 +30,25 @@ impl Muon {
     /// # Panics
     ///
     /// When lengths differ.
-    pub fn step(&self, parameters: &mut [f32], gradient: &[f32], momentum: &mut [f32], [rows, cols]: [usize; 2]) {
+    pub(super) fn step(
+        &self,
+        parameters: &mut [f32],
+        gradient: &[f32],
+        momentum: &mut [f32],
+        [rows, cols]: [usize; 2],
+    ) {
         assert!(parameters.len() == rows * cols && gradient.len() == rows * cols && momentum.len() == rows * cols);
         for (momentum, gradient) in momentum.iter_mut().zip(gradient) {
-            *momentum += (1.0 - self.momentum) * (gradient - *momentum);
+            *momentum += (1.0 - self.momentum) * (gradient * self.gradient_scale - *momentum);
         }
         let update: Vec<f32> = match self.nesterov {
             true => gradient
                 .iter()
                 .zip(&*momentum)
-                .map(|(gradient, momentum)| gradient + self.momentum * (momentum - gradient))
+                .map(|(gradient, momentum)| {
+                    let gradient = gradient * self.gradient_scale;
+                    gradient + self.momentum * (momentum - gradient)
+                })
                 .collect(),
             false => momentum.to_vec(),
         };
@@ -61,17 +74,26 @@ fn orthogonal(x: Vec<f32>, [rows, cols]: [usize; 2], iterations: u32) -> Vec<f32
     let norm = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt() as f32;
     x.iter_mut().for_each(|x| *x /= norm.max(NORM_MIN));
     let [a, b, c] = COEFFICIENTS;
+    let (mut gram, mut mixed) = (vec![0.0; rows * rows], vec![0.0; rows * rows]);
+    let mut moved = vec![0.0; rows * cols];
     for _ in 0..iterations {
-        let other = transposed(&x, rows, cols);
-        let gram = product(&x, &other, rows, cols, rows);
-        let square = product(&gram, &gram, rows, rows, rows);
-        let mixed: Vec<f32> = gram
-            .iter()
-            .zip(&square)
-            .map(|(gram, square)| b * gram + c * square)
-            .collect();
-        let moved = product(&mixed, &x, rows, rows, cols);
-        for (x, moved) in x.iter_mut().zip(moved) {
+        let own = View::new(&x, rows, cols);
+        let out = ViewMut::new(&mut gram, rows, rows);
+        product(out, Mode::Write, own, own.transposed(), Threads::All);
+        let square = View::new(&gram, rows, rows);
+        product(
+            ViewMut::new(&mut mixed, rows, rows),
+            Mode::Write,
+            square,
+            square,
+            Threads::All,
+        );
+        for (mixed, gram) in mixed.iter_mut().zip(&gram) {
+            *mixed = b * gram + c * *mixed;
+        }
+        let out = ViewMut::new(&mut moved, rows, cols);
+        product(out, Mode::Write, View::new(&mixed, rows, rows), own, Threads::All);
+        for (x, moved) in x.iter_mut().zip(&moved) {
             *x = a * *x + moved;
         }
     }
@@ -80,23 +102,6 @@ fn orthogonal(x: Vec<f32>, [rows, cols]: [usize; 2], iterations: u32) -> Vec<f32
 
 fn transposed(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
     (0..rows * cols).map(|at| x[at % rows * cols + at / rows]).collect()
-}
-
-/// `[rows, inner] · [inner, cols]`, on all threads; every sum runs left to right.
-fn product(left: &[f32], right: &[f32], rows: usize, inner: usize, cols: usize) -> Vec<f32> {
-    use rayon::prelude::*;
-    let mut out = vec![0.0f32; rows * cols];
-    out.par_chunks_mut(cols.max(1)).enumerate().for_each(|(row, out)| {
-        for (left, right) in left[row * inner..(row + 1) * inner]
-            .iter()
-            .zip(right.chunks_exact(cols.max(1)))
-        {
-            for (out, right) in out.iter_mut().zip(right) {
-                *out += left * right;
-            }
-        }
-    });
-    out
 }
 
 #[cfg(test)]
@@ -113,6 +118,7 @@ mod tests {
             nesterov: rule["nesterov"].as_bool().unwrap(),
             weight_decay: number(&rule, "weight_decay"),
             iterations: rule["ns_steps"].as_u64().unwrap() as u32,
+            gradient_scale: 1.0,
         };
         let matrix =
             |value: &serde_json::Value| -> Vec<f32> { value.as_array().unwrap().iter().flat_map(row).collect() };

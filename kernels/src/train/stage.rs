@@ -9,7 +9,8 @@ use polder_protocol::run::Inner;
 use super::balance::{BALANCE_RATE, balance};
 use super::checks::{check_sizes, checked_layout, finite, read_parts};
 use super::engine::{self, Engine, GradientSums, Input, Kept, Model};
-use super::optimiser::{Moments, Step, learning_rate, scale, square_sum};
+use super::goldfish::Goldfish;
+use super::optimiser::{Optimiser, scale, square_sum};
 use super::{TrainData, TrainError, files, limits};
 use crate::device::Device;
 use crate::model::Config;
@@ -41,7 +42,7 @@ pub enum TrainOutput {
     Hidden(Vec<f32>),
     /// The head's: its backward is done.
     Loss {
-        /// Mean loss in nats per token.
+        /// Mean loss in nats over the tokens that count.
         loss: f32,
         /// Gradient of the input, `[batch, seq, hidden]`; empty at a stage with the embedding.
         input_gradient: Vec<f32>,
@@ -66,7 +67,7 @@ pub struct TrainStage {
     layout: Layout,
     range: BlockRange,
     inner: Inner,
-    steps_total: u64,
+    goldfish: Option<Goldfish>,
     engine: Engine,
     /// The last blocks of the stage that keep what their backward needs.
     blocks_kept: u32,
@@ -74,9 +75,7 @@ pub struct TrainStage {
     buffer_bytes_max: u64,
     /// Per part of `range`, as all vectors below.
     parameters: Vec<Vec<f32>>,
-    moments: Vec<Moments>,
-    /// Steps that the moments have seen.
-    steps_seen: u64,
+    optimiser: Optimiser,
     gradients: GradientSums,
     kept: BTreeMap<u32, Kept>, // At most `MICRO_BATCHES_KEPT_MAX`.
 }
@@ -113,12 +112,14 @@ impl TrainStage {
         steps_total: u64,
         device: &Device,
     ) -> Result<Self, TrainError> {
+        inner.check().map_err(TrainError::Setting)?;
         let config = Config::from_json(config_json)?;
         let layout = checked_layout(&config, range)?;
         check_sizes(&layout, range, &parameters)?;
         limits::check_parameters(&layout, range, device.buffer_bytes_max())?;
         Ok(Self {
-            moments: parameters.iter().map(|part| Moments::new(part.len())).collect(),
+            optimiser: Optimiser::new(inner, steps_total, &layout, range),
+            goldfish: inner.goldfish.map(Goldfish::new),
             engine: Engine::new(&config, &layout, range, device),
             blocks_kept: engine::blocks_that_fit(&config, range, &parameters, &inner, device),
             buffer_bytes_max: device.buffer_bytes_max(),
@@ -126,9 +127,7 @@ impl TrainStage {
             layout,
             range,
             inner,
-            steps_total,
             parameters,
-            steps_seen: 0,
             gradients: GradientSums::default(),
             kept: BTreeMap::new(),
         })
@@ -150,7 +149,8 @@ impl TrainStage {
 
     /// Bytes of parameters and optimiser state.
     pub fn bytes(&self) -> u64 {
-        self.parameters.iter().map(|part| part.len() as u64 * 12).sum()
+        let parameters: u64 = self.parameters.iter().map(|part| part.len() as u64 * 4).sum();
+        parameters + self.optimiser.bytes()
     }
 
     /// The present parameters per part.
@@ -196,6 +196,24 @@ impl TrainStage {
             files::write(file.as_ref(), values)?;
         }
         Ok(())
+    }
+
+    /// Writes the optimiser's state, with which [`TrainStage::read_optimiser`] goes on with the same bits.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError::File`].
+    pub fn write_optimiser<P: AsRef<Path>>(&self, file: P) -> Result<(), TrainError> {
+        self.optimiser.write(file.as_ref())
+    }
+
+    /// Goes on from an optimiser's state that was written by the same stage of the same run.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError::File`] for a file that is damaged or another stage's; the stage must then be loaded anew.
+    pub fn read_optimiser<P: AsRef<Path>>(&mut self, file: P) -> Result<(), TrainError> {
+        self.optimiser.read(file.as_ref())
     }
 
     /// Takes `steps` whole inner steps on a stage that holds the whole model. The windows of micro-batch `m` of step `s`
@@ -332,7 +350,7 @@ impl TrainStage {
         self.gradients.made()
     }
 
-    /// Takes an AdamW step with the gradients, clipped by the norm over all stages of the replica.
+    /// Takes an optimiser's step with the gradients, clipped by the norm over all stages of the replica.
     ///
     /// # Errors
     ///
@@ -350,38 +368,8 @@ impl TrainStage {
         if !square_sum.is_finite() || square_sum < 0.0 {
             return Err(TrainError::NotFinite { what: "the gradient" });
         }
-        let (norm, clip) = (square_sum.sqrt(), f64::from(self.inner.clip_norm));
-        self.steps_seen += 1;
-        let step = Step {
-            learning_rate: learning_rate(&self.inner, self.steps_total, step),
-            beta_1: self.inner.beta_1,
-            beta_2: self.inner.beta_2,
-            epsilon: self.inner.epsilon,
-            weight_decay: self.inner.weight_decay,
-            gradient_scale: if clip > 0.0 && norm > clip {
-                (clip / norm) as f32
-            } else {
-                1.0
-            },
-            count: self.steps_seen,
-        };
-        let parts = self.range.parts(self.config.blocks);
-        let layouts = &self.layout.parts[parts.start as usize..parts.end as usize];
-        for (((layout, parameters), gradient), moments) in layouts
-            .iter()
-            .zip(&mut self.parameters)
-            .zip(self.gradients.made().unwrap_or_default())
-            .zip(&mut self.moments)
-        {
-            let mut start = 0;
-            for tensor in &layout.tensors {
-                let end = start + tensor.elements().unwrap_or(0);
-                // Matrices decay; gains, biases and the taps of convolutions do not.
-                let decayed = tensor.shape.len() >= 2 && !tensor.name.ends_with(".conv1d.weight");
-                step.apply(parameters, gradient, moments, start..end, decayed);
-                start = end;
-            }
-        }
+        let gradients = self.gradients.made().unwrap_or_default();
+        self.optimiser.step(&mut self.parameters, gradients, step, square_sum);
         self.balance_experts();
         self.engine.changed();
         self.kept.clear();
@@ -499,6 +487,9 @@ impl TrainStage {
                 inputs.extend_from_slice(&row[..seq_rows]);
                 targets.extend_from_slice(&row[1..]);
             }
+            if let Some(goldfish) = self.goldfish.as_ref().filter(|_| last) {
+                goldfish.leave_out(&mut targets, seq_rows);
+            }
         }
         if !first {
             if Some(hidden.len()) != rows.checked_mul(self.config.hidden) {
@@ -529,7 +520,7 @@ impl TrainStage {
 struct Checked {
     /// `[rows]`, at a stage with the embedding.
     inputs: Option<Vec<u32>>,
-    /// `[rows]`, at a stage with the head.
+    /// `[rows]`, at a stage with the head; some may be left out.
     targets: Vec<u32>,
     rows: usize,
 }

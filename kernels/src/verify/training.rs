@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use polder_protocol::layout::{BlockRange, Layout};
-use polder_protocol::run::Inner;
+use polder_protocol::run::{Inner, Optimiser, Schedule};
 use serde_json::Value;
 
 use super::VerifyError;
@@ -145,6 +145,10 @@ pub(super) fn inner(cases: &Cases) -> Inner {
         weight_decay: 0.0,
         clip_norm: 0.0,
         decay_ppm: 0,
+        final_ppm: 0,
+        schedule: Schedule::WarmupStableDecay,
+        optimiser: Optimiser::AdamW,
+        goldfish: None,
     }
 }
 

@@ -1,6 +1,6 @@
 //! Settings for training a tiny model in a test.
 
-use polder_protocol::run::Inner;
+use polder_protocol::run::{Inner, Optimiser, Schedule};
 
 /// Ten steps of two short sequences.
 pub(crate) fn inner() -> Inner {
@@ -17,5 +17,9 @@ pub(crate) fn inner() -> Inner {
         weight_decay: 0.1,
         clip_norm: 1.0,
         decay_ppm: 200_000,
+        final_ppm: 0,
+        schedule: Schedule::WarmupStableDecay,
+        optimiser: Optimiser::AdamW,
+        goldfish: None,
     }
 }

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::desk::{Desk, done, utf8};
 use super::jobs::{JobError, Jobs, Training, millionths};
 use super::meeting::Opening;
+use super::moments::Moments;
 use super::world::{Link, TRAINING_STAGE};
 use super::{gradient, whole};
 
@@ -63,7 +64,9 @@ pub(super) async fn train(
             .load((spec.tokenizer, &tokenizer), jobs.texts(spec)?)
             .await?;
     }
-    desk.load(training.run, spec, own.range, starts).await?;
+    let moments = training.moments(jobs, own.range);
+    let remembered = moments.before(training.round.0);
+    desk.load(training.run, spec, own.range, starts, remembered).await?;
     let (before, after) = meet(jobs, training, stages, stage).await?;
     let mut line = Line {
         spec,
@@ -77,7 +80,7 @@ pub(super) async fn train(
     drop(line);
     let ends = gradient::end_files(jobs, training);
     let kept = match trained {
-        Ok((tokens, loss)) => finish(jobs, training, &desk, ends, tokens)
+        Ok((tokens, loss)) => finish(jobs, training, &desk, &moments, ends, tokens)
             .await
             .map(|parts| (parts, tokens, loss)),
         Err(error) => Err(error),
@@ -98,11 +101,13 @@ async fn finish(
     jobs: &Jobs,
     training: &Training,
     desk: &Desk,
+    moments: &Moments,
     ends: Vec<PathBuf>,
     tokens: u64,
 ) -> Result<Vec<(polder_protocol::layout::Part, polder_protocol::hash::BlobId)>, JobError> {
-    whole::write(desk, &ends).await?;
-    gradient::keep(jobs, training, ends, tokens).await
+    whole::write(desk, &ends, moments).await?;
+    let kept = gradient::keep(jobs, training, ends, tokens).await;
+    whole::remember(kept, moments, training)
 }
 
 /// The streams to the stage before and to the stage after, where there are such stages.

@@ -8,6 +8,7 @@ use polder_protocol::hash::{BlobId, RunId};
 use polder_protocol::layout::BlockRange;
 use polder_protocol::run::RunSpec;
 use polder_protocol::work::{Answer, Task};
+use tracing::warn;
 
 use super::jobs::JobError;
 use super::world::{Compute, TRAINING_STAGE};
@@ -23,13 +24,15 @@ impl Desk {
         Self { compute, stage: None }
     }
 
-    /// Loads the stage, or gives the one that is loaded the parameters in `part_files`.
+    /// Loads the stage, or gives the one that is loaded the parameters in `part_files`. A stage that is loaded takes up what
+    /// its optimiser remembers in the file `remembered`.
     pub(super) async fn load(
         &mut self,
         run: RunId,
         spec: &RunSpec,
         range: BlockRange,
         part_files: Vec<String>,
+        remembered: Option<PathBuf>,
     ) -> Result<(), JobError> {
         if self.stage == Some((self.compute.life(), run, range)) {
             let task = Task::TrainSet {
@@ -38,21 +41,36 @@ impl Desk {
             };
             return self.order(task, Bytes::new(), done).await;
         }
-        let (config_json, inner) = (spec.config_json.clone(), spec.inner);
-        let task = Task::TrainLoad {
+        let inner = spec.inner;
+        let task = |optimiser_file| Task::TrainLoad {
             stage: TRAINING_STAGE,
-            config_json,
+            config_json: spec.config_json.clone(),
             range,
-            part_files,
+            part_files: part_files.clone(),
             inner,
             steps_total: spec.rounds.saturating_mul(u64::from(inner.steps)),
+            optimiser_file,
         };
         self.stage = None;
-        self.order(task, Bytes::new(), |answer, _| match answer {
+        let loaded = |answer, _| match answer {
             Answer::Loaded { .. } => Ok(()),
             other => Err(other),
-        })
-        .await?;
+        };
+        let again = match remembered.as_deref().map(utf8).transpose()? {
+            Some(file) => {
+                let result = self.order(task(Some(file.clone())), Bytes::new(), loaded).await;
+                result.err().map(|error| (file, error))
+            }
+            None => {
+                self.order(task(None), Bytes::new(), loaded).await?;
+                None
+            }
+        };
+        if let Some((file, JobError::Failed(reason) | JobError::Invalid(reason))) = again {
+            // A damaged file costs what the optimiser remembered, and not the run.
+            self.order(task(None), Bytes::new(), loaded).await?;
+            warn!(file, reason, "the optimiser's state cannot be used; it begins afresh");
+        }
         self.stage = Some((self.compute.life(), run, range));
         Ok(())
     }

@@ -20,6 +20,7 @@ use polder_protocol::work::{Answer, Task};
 use super::datasets::DataSets;
 use super::desk::{Desk, Texts, done, order, utf8};
 use super::meeting::Meeting;
+use super::moments::Moments;
 use super::status::Board;
 use super::world::{Blobs, Compute, Network, SCORING_STAGE};
 use super::{chain, whole};
@@ -288,6 +289,7 @@ impl Jobs {
             part_files,
             inner: spec.inner,
             steps_total: 1,
+            optimiser_file: None,
         };
         order(compute, load, Bytes::new(), |answer, _| match answer {
             Answer::Loaded { .. } => Ok(()),
@@ -324,6 +326,11 @@ pub(super) struct Training {
 }
 
 impl Training {
+    /// What the optimiser of this node's stage remembers on disk.
+    pub(super) fn moments(&self, jobs: &Jobs, range: BlockRange) -> Moments {
+        Moments::new(jobs.folder(self.run).join("optimiser"), range)
+    }
+
     /// Inner steps of the run before this round.
     pub(super) fn step_first(&self) -> u64 {
         self.round.0.saturating_mul(u64::from(self.spec.inner.steps))

@@ -3,7 +3,7 @@
 //! ```text
 //! driver   one task: steps the machines, carries out their effects in order
 //! jobs     slow work that they ask for: fetch, apply, evaluate; whole and chain train a round
-//! journal  what is durable of a run; feedback: what top-k left out
+//! journal  what is durable of a run; feedback: what top-k left out; moments: what optimisers remember
 //! status   what people see of it; routes: over HTTP
 //! world    what all this needs of the network, the store and the device; real: these, as the daemon has them
 //! ```
@@ -20,6 +20,7 @@ mod gradient;
 mod jobs;
 mod journal;
 mod meeting;
+mod moments;
 mod network;
 mod publish;
 mod real;

@@ -127,6 +127,21 @@ async fn a_round_trained_again_after_a_crash_gives_the_same_sparse_update() {
 }
 
 #[tokio::test]
+async fn what_an_optimiser_remembers_survives_a_restart() {
+    let hub = Hub::new(Codec::Raw);
+    let site = hub.site(1);
+    let alone = stages(&[(&site, 0, 2)]);
+    trained(site.jobs.run(train(&hub, &alone, 0)).await);
+    // The same home, another process: everything in memory is gone.
+    let again = hub.site_in(1, Arc::clone(&site.home));
+    let restarted = trained(again.jobs.run(second(&hub, &alone)).await);
+    // Without what it wrote, its steps would be larger.
+    let afresh = hub.site(1);
+    assert_ne!(trained(afresh.jobs.run(second(&hub, &alone)).await), restarted);
+    assert_eq!(trained(site.jobs.run(second(&hub, &alone)).await), restarted);
+}
+
+#[tokio::test]
 async fn whole_nodes_and_a_chain_train_one_run_through_a_kill_and_a_restart_of_all() {
     let hub = Hub::new(Codec::E3m0);
     let homes: Vec<tempfile::TempDir> = (0..4).map(|_| tempfile::tempdir().unwrap()).collect();
@@ -235,6 +250,15 @@ fn stages(of: &[(&Site, u32, u32)]) -> Vec<Stage> {
 
 fn train(hub: &Hub, stages: &[Stage], stage: usize) -> Job {
     train_as(hub, stages, stage, ReplicaId(0))
+}
+
+/// As [`train`] of the first stage, one round later.
+fn second(hub: &Hub, stages: &[Stage]) -> Job {
+    let mut job = train(hub, stages, 0);
+    if let Job::Train { round, .. } = &mut job {
+        *round = Round(1);
+    }
+    job
 }
 
 fn train_as(hub: &Hub, stages: &[Stage], stage: usize, replica: ReplicaId) -> Job {

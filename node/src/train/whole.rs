@@ -6,10 +6,12 @@ use bytes::Bytes;
 use polder_protocol::layout::BlockRange;
 use polder_protocol::round::Outcome;
 use polder_protocol::work::{Answer, Task};
+use tracing::warn;
 
 use super::desk::{done, utf8};
 use super::gradient;
 use super::jobs::{JobError, Jobs, Training, millionths};
+use super::moments::Moments;
 use super::world::TRAINING_STAGE;
 
 /// How long one order may keep the device, so that a person sees progress and an owner who returns waits little.
@@ -27,7 +29,9 @@ pub(super) async fn train(jobs: &Jobs, training: &Training, range: BlockRange) -
     let mut desk = jobs.desk.lock().await;
     jobs.board.preparing(training.run);
     jobs.texts_loaded.load((spec.tokenizer, &tokenizer), texts).await?;
-    desk.load(training.run, spec, range, starts).await?;
+    let moments = training.moments(jobs, range);
+    let remembered = moments.before(training.round.0);
+    desk.load(training.run, spec, range, starts, remembered).await?;
     let (mut losses, mut tokens) = (Vec::new(), 0u64);
     let mut slice = 1;
     while let Some(left) = left(spec.inner.steps, losses.len()) {
@@ -60,9 +64,10 @@ pub(super) async fn train(jobs: &Jobs, training: &Training, range: BlockRange) -
             .trained(training.run, losses.len() as u32, spec.inner.steps, loss, tokens);
     }
     let ends = gradient::end_files(jobs, training);
-    write(&desk, &ends).await?;
+    write(&desk, &ends, &moments).await?;
     let loss = losses.iter().map(|loss| f64::from(*loss)).sum::<f64>() / losses.len() as f64;
     let kept = gradient::keep(jobs, training, ends, tokens).await;
+    let kept = remember(kept, &moments, training);
     if kept.is_err() {
         // What did not come out finite must not be built upon.
         desk.forget_stage();
@@ -74,8 +79,24 @@ pub(super) async fn train(jobs: &Jobs, training: &Training, range: BlockRange) -
     })
 }
 
-/// Has the worker write its parameters.
-pub(super) async fn write(desk: &super::desk::Desk, ends: &[std::path::PathBuf]) -> Result<(), JobError> {
+/// Puts the optimiser's state in place behind an update that is whole. Without it the update is good all the same.
+pub(super) fn remember<T>(kept: Result<T, JobError>, moments: &Moments, training: &Training) -> Result<T, JobError> {
+    if kept.is_ok()
+        && let Err(error) = moments.commit(training.round.0)
+    {
+        warn!(run = %training.run, %error, "cannot keep the optimiser's state; a restart would begin it afresh");
+    }
+    kept
+}
+
+/// Has the worker write its parameters and what its optimiser remembers.
+pub(super) async fn write(
+    desk: &super::desk::Desk,
+    ends: &[std::path::PathBuf],
+    moments: &Moments,
+) -> Result<(), JobError> {
+    let made = moments.prepare();
+    made.map_err(|error| JobError::Failed(format!("cannot make a folder for the optimiser's state: {error}")))?;
     if let Some(folder) = ends.first().and_then(|path| path.parent()) {
         let made = std::fs::create_dir_all(folder);
         made.map_err(|error| JobError::Failed(format!("cannot make {}: {error}", folder.display())))?;
@@ -83,6 +104,7 @@ pub(super) async fn write(desk: &super::desk::Desk, ends: &[std::path::PathBuf])
     let task = Task::TrainWrite {
         stage: TRAINING_STAGE,
         part_files: ends.iter().map(|path| utf8(path)).collect::<Result<_, _>>()?,
+        optimiser_file: Some(utf8(&moments.next())?),
     };
     desk.order(task, Bytes::new(), done).await
 }

@@ -373,9 +373,13 @@ impl Compute {
                 part_files,
                 inner,
                 steps_total,
+                optimiser_file,
             } => {
                 self.training.remove(&stage);
-                let loaded = TrainStage::load(&config_json, range, &part_files, inner, steps_total, &self.device)?;
+                let mut loaded = TrainStage::load(&config_json, range, &part_files, inner, steps_total, &self.device)?;
+                if let Some(file) = optimiser_file {
+                    loaded.read_optimiser(file)?;
+                }
                 let answer = Answer::Loaded {
                     bytes: loaded.bytes(),
                     hidden: width(loaded.hidden()),
@@ -452,8 +456,16 @@ impl Compute {
                 self.training(stage)?.apply(step, square_sum)?;
                 done(Answer::Done)
             }
-            Task::TrainWrite { stage, part_files } => {
-                self.training(stage)?.write(&part_files)?;
+            Task::TrainWrite {
+                stage,
+                part_files,
+                optimiser_file,
+            } => {
+                let stage = self.training(stage)?;
+                stage.write(&part_files)?;
+                if let Some(file) = optimiser_file {
+                    stage.write_optimiser(file)?;
+                }
                 done(Answer::Done)
             }
             Task::Score { stage, texts, seq } => self.score(stage, &texts, seq),

@@ -9,7 +9,7 @@ use polder_protocol::layout::{Layout, Part, PartLayout, TensorLayout};
 use polder_protocol::log::{Entry, Log, Received, Seal, Signature};
 use polder_protocol::node::{Command, Effect, Input, Joining, Node};
 use polder_protocol::round::{Job, JobId, Outcome, RunMessage};
-use polder_protocol::run::{Boundary, Closing, Codec, Inner, Outer, RunSpec};
+use polder_protocol::run::{Boundary, Closing, Codec, Inner, Optimiser, Outer, RunSpec, SPEC_VERSION, Schedule};
 use polder_protocol::time::{Instant, Span};
 use serde::{Deserialize, Serialize};
 
@@ -29,7 +29,7 @@ pub(crate) fn part() -> PartLayout {
 /// A run of node 1 with two blocks, which anybody may join.
 pub(crate) fn spec() -> RunSpec {
     RunSpec {
-        version: 1,
+        version: SPEC_VERSION,
         name: "fuzz".into(),
         federation: FederationId([7; 32]),
         steward: node_id(1),
@@ -51,6 +51,10 @@ pub(crate) fn spec() -> RunSpec {
             weight_decay: 0.1,
             clip_norm: 1.0,
             decay_ppm: 0,
+            final_ppm: 0,
+            schedule: Schedule::WarmupStableDecay,
+            optimiser: Optimiser::AdamW,
+            goldfish: None,
         },
         outer: Outer {
             codec: Codec::Raw,

@@ -9,7 +9,7 @@ use thiserror::Error;
 use crate::hash::{BlobId, Digest, NodeId, RunId, digest};
 use crate::layout::{BlockRange, Part};
 use crate::round::APPLY_BEHIND_MAX;
-use crate::run::{RunSpec, state_hash};
+use crate::run::{RunSpec, SPEC_VERSION, state_hash};
 
 use super::{
     Body, Contribution, ENTRY_BYTES_MAX, LANGUAGE_BYTES_MAX, LANGUAGES_MAX, LATE_ROUNDS_MAX, PARTS_MAX, REPLICAS_MAX,
@@ -553,7 +553,10 @@ fn check_spec(spec: &RunSpec) -> Result<(), RuleError> {
     let parts = spec.layout.parts.len();
     let closing = &spec.closing;
     let rules = [
-        (spec.version == 1, "the version is not 1"),
+        (
+            spec.version == SPEC_VERSION,
+            "its version is another than this program's",
+        ),
         ((3..=PARTS_MAX).contains(&parts), "too few or too many parts"),
         (spec.initial.len() == parts, "not one initial blob for each part"),
         (spec.rounds >= 1, "no rounds"),
@@ -563,7 +566,7 @@ fn check_spec(spec: &RunSpec) -> Result<(), RuleError> {
     ];
     match rules.into_iter().find(|(kept, _)| !kept) {
         Some((_, broken)) => Err(RuleError::Spec(broken)),
-        None => Ok(()),
+        None => spec.inner.check().map_err(RuleError::Spec),
     }
 }
 
@@ -571,6 +574,7 @@ fn check_spec(spec: &RunSpec) -> Result<(), RuleError> {
 mod tests {
     use super::*;
     use crate::log::EndReason;
+    use crate::run::{Goldfish, Optimiser};
     use crate::testing::{closed, replica, spec, state};
     use alloc::vec;
 
@@ -583,6 +587,53 @@ mod tests {
         ledger.append(&applied(0)).unwrap();
         assert_eq!(ledger.phase(), Phase::Open(Round(1)));
         assert_eq!(ledger.state().1, state(1));
+    }
+
+    #[test]
+    fn settings_that_would_spoil_every_step_are_refused_by_name() {
+        let begin = |change: &dyn Fn(&mut RunSpec)| {
+            let mut spec = spec();
+            change(&mut spec);
+            Ledger::begin(spec.id(), &spec.to_bytes()).map(|_| ())
+        };
+        let muon = |iterations| Optimiser::Muon {
+            learning_rate: 0.02,
+            momentum: 0.95,
+            iterations,
+        };
+        assert_eq!(begin(&|spec| spec.inner.optimiser = muon(5)), Ok(()));
+        let broken = [
+            (begin(&|spec| spec.inner.optimiser = muon(21)), "`iterations`"),
+            (begin(&|spec| spec.inner.learning_rate = f32::NAN), "`learning_rate`"),
+            (
+                begin(&|spec| {
+                    spec.inner.optimiser = Optimiser::AdEmaMix {
+                        beta_3: 1.0,
+                        alpha: 8.0,
+                        warmup_steps: 0,
+                    }
+                }),
+                "`beta_3`",
+            ),
+            (
+                begin(&|spec| {
+                    spec.inner.goldfish = Some(Goldfish {
+                        every: 1,
+                        window: 13,
+                        seed: 0,
+                    })
+                }),
+                "goldfish",
+            ),
+            (begin(&|spec| spec.inner.final_ppm = 1_000_001), "`final_rate`"),
+            (begin(&|spec| spec.version = 1), "version"),
+        ];
+        for (found, name) in broken {
+            let Err(RuleError::Spec(reason)) = found else {
+                panic!("{name}")
+            };
+            assert!(reason.contains(name), "{reason}");
+        }
     }
 
     #[test]

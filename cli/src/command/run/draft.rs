@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, ensure};
 use polder_node::train::{NewRun, compressor_bits_per_byte, order_0_bits_per_byte};
 use polder_protocol::hash::{BlobId, FederationId, NodeId};
-use polder_protocol::run::{Evaluation, HeldOut, RunSpec};
+use polder_protocol::run::{Evaluation, HeldOut, RunSpec, SPEC_VERSION};
 use serde_json::{Value, json};
 
 use super::file::{EvaluationTable, RunFile};
@@ -49,7 +49,7 @@ pub(crate) fn draft(file: &RunFile, folder: &Path) -> anyhow::Result<NewRun> {
     let evaluation = file.evaluation.as_ref().map(evaluation).transpose()?;
     Ok(NewRun {
         spec: RunSpec {
-            version: 1,
+            version: SPEC_VERSION,
             name: file.name.clone(),
             // The daemon knows these.
             federation: FederationId::default(),

@@ -16,6 +16,7 @@ use super::slots::{Slots, Weights};
 use super::softmax::loss;
 use crate::model::Config;
 use crate::model::describe::{Norm, Slot};
+use crate::train::goldfish::LEFT_OUT;
 
 /// Bytes of the logits of a chunk: large enough that reading the projection costs little beside multiplying with it.
 const LOGITS_BYTES: usize = 48 << 20;
@@ -108,12 +109,13 @@ impl<'a> Head<'a> {
         losses
     }
 
-    /// Writes the gradient of `x` by the mean loss over `x`, adds those of the parameters, and returns that mean.
+    /// Writes the gradient of `x` by the mean loss of the rows that count over `x`, adds those of the parameters, and returns that mean.
     pub(super) fn mean_loss(&self, x: &mut [f32], targets: &[u32], gradients: &mut [Vec<f32>], pool: &mut Pool) -> f32 {
         let norm = Loaded::new(self.norm, self.weights());
         let mut normed = pool.take(x.len());
         norm.rows(&mut normed, x);
-        let share = 1.0 / targets.len() as f32;
+        let counted = targets.iter().filter(|target| **target != LEFT_OUT).count().max(1);
+        let share = 1.0 / counted as f32;
         let count = self.chunk_rows(targets.len());
         let mut logits = pool.take(count * self.vocabulary);
         let mut sum = 0.0f64;
@@ -145,12 +147,18 @@ impl<'a> Head<'a> {
         for buffer in [logits, normed, x_gradient] {
             pool.give(buffer);
         }
-        (sum / targets.len() as f64) as f32
+        (sum / counted as f64) as f32
     }
 }
 
 fn row_losses(logits: &mut [f32], targets: &[u32], vocabulary: usize, share: f32) -> Vec<f32> {
     let rows = logits.par_chunks_mut(vocabulary).zip(targets.par_iter());
-    rows.map(|(logits, target)| loss(logits, *target as usize, share))
-        .collect()
+    let loss = |(logits, target): (&mut [f32], &u32)| {
+        if *target == LEFT_OUT {
+            logits.fill(0.0);
+            return 0.0;
+        }
+        loss(logits, *target as usize, share)
+    };
+    rows.map(loss).collect()
 }

@@ -11,7 +11,7 @@ mod head;
 mod linear;
 mod norm;
 mod pool;
-mod product;
+pub(super) mod product;
 mod rotation;
 mod slots;
 mod softmax;

@@ -4,7 +4,7 @@ use gemm::Parallelism;
 
 /// A matrix to read.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct View<'a> {
+pub(in crate::train) struct View<'a> {
     values: &'a [f32],
     rows: usize,
     cols: usize,
@@ -14,7 +14,7 @@ pub(super) struct View<'a> {
 
 impl<'a> View<'a> {
     /// Rows of `cols` elements, each `stride` after the one before.
-    pub(super) fn strided(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
+    pub(in crate::train) fn strided(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
         assert!(fits(values.len(), rows, cols, stride), "a matrix beyond its values");
         Self {
             values,
@@ -26,12 +26,12 @@ impl<'a> View<'a> {
     }
 
     /// Rows without anything between them.
-    pub(super) fn new(values: &'a [f32], rows: usize, cols: usize) -> Self {
+    pub(in crate::train) fn new(values: &'a [f32], rows: usize, cols: usize) -> Self {
         Self::strided(values, rows, cols, cols)
     }
 
     /// Columns for rows.
-    pub(super) fn transposed(self) -> Self {
+    pub(in crate::train) fn transposed(self) -> Self {
         Self {
             rows: self.cols,
             cols: self.rows,
@@ -44,7 +44,7 @@ impl<'a> View<'a> {
 
 /// A matrix to write.
 #[derive(Debug)]
-pub(super) struct ViewMut<'a> {
+pub(in crate::train) struct ViewMut<'a> {
     values: &'a mut [f32],
     rows: usize,
     cols: usize,
@@ -53,7 +53,7 @@ pub(super) struct ViewMut<'a> {
 
 impl<'a> ViewMut<'a> {
     /// Rows of `cols` elements, each `stride` after the one before.
-    pub(super) fn strided(values: &'a mut [f32], rows: usize, cols: usize, stride: usize) -> Self {
+    pub(in crate::train) fn strided(values: &'a mut [f32], rows: usize, cols: usize, stride: usize) -> Self {
         assert!(fits(values.len(), rows, cols, stride), "a matrix beyond its values");
         Self {
             values,
@@ -64,7 +64,7 @@ impl<'a> ViewMut<'a> {
     }
 
     /// Rows without anything between them.
-    pub(super) fn new(values: &'a mut [f32], rows: usize, cols: usize) -> Self {
+    pub(in crate::train) fn new(values: &'a mut [f32], rows: usize, cols: usize) -> Self {
         Self::strided(values, rows, cols, cols)
     }
 }
@@ -75,7 +75,7 @@ fn fits(len: usize, rows: usize, cols: usize, stride: usize) -> bool {
 
 /// What becomes of what was there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Mode {
+pub(in crate::train) enum Mode {
     /// It is written over.
     Write,
     /// It is added to.
@@ -84,14 +84,14 @@ pub(super) enum Mode {
 
 /// Who computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Threads {
+pub(in crate::train) enum Threads {
     All,
     /// The one that asks.
     Own,
 }
 
 /// `out = a · b`, or `out += a · b`.
-pub(super) fn product(out: ViewMut<'_>, mode: Mode, a: View<'_>, b: View<'_>, threads: Threads) {
+pub(in crate::train) fn product(out: ViewMut<'_>, mode: Mode, a: View<'_>, b: View<'_>, threads: Threads) {
     assert!(
         a.rows == out.rows && b.cols == out.cols && a.cols == b.rows,
         "matrices that do not meet"

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Gradients, Tensor, TensorData};
 
-use super::{Leaf, Leaves, Loads, Positions, blocks, embed, logits, losses};
+use super::{Leaf, Leaves, Loads, Positions, blocks, embed, logits, losses, mean_loss};
 use crate::device::Device;
 use crate::train::TrainError;
 use crate::train::checks::numbers;
@@ -64,7 +64,7 @@ impl Engine {
             leaves,
         } = self.tracked(model, input)?;
         let logits = logits(model.config, &leaves, output).ok_or(TrainError::Kind { takes: "a head" })?;
-        let loss = losses(logits, targets, &self.device.clone().autodiff()).mean();
+        let loss = mean_loss(logits, targets, &self.device.clone().autodiff());
         let value = numbers(loss.clone().inner())?.first().copied().unwrap_or(f32::NAN);
         Ok((value, collect(&leaves, leaf, loss.backward(), sums)?))
     }

@@ -16,6 +16,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use polder_protocol::layout::BlockRange;
 
 use super::TrainError;
+use super::goldfish::LEFT_OUT;
 use crate::model::Config;
 use crate::model::describe::{Linear, Mixer, Norm, Slot};
 
@@ -89,6 +90,24 @@ fn logits(config: &Config, leaves: &Leaves, x: Tensor<2>) -> Option<Tensor<2>> {
         Some(projection) => linear(part, projection, &normed),
         None => normed.matmul(Part(leaves.0.first()?).matrix(Slot(0)).transpose()),
     })
+}
+
+/// The mean loss of the rows that count, in nats.
+fn mean_loss(logits: Tensor<2>, targets: &[u32], device: &Device) -> Tensor<1> {
+    let counted = targets.iter().filter(|target| **target != LEFT_OUT).count();
+    if counted == targets.len() {
+        return losses(logits, targets, device).mean();
+    }
+    let counts = targets.iter().map(|target| f32::from(*target != LEFT_OUT));
+    let counts = TensorData::new(counts.collect::<Vec<f32>>(), [targets.len()]);
+    let counts = Tensor::<1>::from_data(counts, device);
+    let known: Vec<u32> = targets
+        .iter()
+        .map(|target| if *target == LEFT_OUT { 0 } else { *target })
+        .collect();
+    (losses(logits, &known, device) * counts)
+        .sum()
+        .div_scalar(counted.max(1) as f32)
 }
 
 /// The loss of each row in nats, `[rows]`.

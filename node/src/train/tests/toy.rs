@@ -32,6 +32,8 @@ struct State {
     parts: Vec<[f32; WIDTH]>,
     gradient: [f32; WIDTH],
     kept: Vec<u32>,
+    /// Steps that the optimiser remembers.
+    remembered: u64,
 }
 
 impl Toy {
@@ -74,8 +76,11 @@ impl State {
                 range,
                 part_files,
                 inner,
+                optimiser_file,
                 ..
             } => {
+                let saved = optimiser_file.map(|file| fs::read(file).unwrap());
+                self.remembered = saved.map_or(0, |bytes| u64::from_le_bytes(bytes.try_into().unwrap()));
                 self.range = Some((range, inner));
                 self.set(&part_files);
                 Answer::Loaded {
@@ -134,7 +139,12 @@ impl State {
                 self.apply(square_sum);
                 Answer::Done
             }
-            Task::TrainWrite { part_files, .. } => {
+            Task::TrainWrite {
+                part_files,
+                optimiser_file,
+                ..
+            } => {
+                fs::write(optimiser_file.unwrap(), self.remembered.to_le_bytes()).unwrap();
                 for (part, file) in self.parts.iter().zip(part_files) {
                     fs::write(file, bytes(*part)).unwrap();
                 }
@@ -168,7 +178,8 @@ impl State {
     fn apply(&mut self, square_sum: f64) {
         let (_, inner) = self.range.unwrap();
         let clip = (f64::from(inner.clip_norm) / square_sum.sqrt()).min(1.0) as f32;
-        let rate = inner.learning_rate * clip / inner.micro_batches as f32;
+        self.remembered += 1;
+        let rate = inner.learning_rate * clip / inner.micro_batches as f32 / self.remembered as f32;
         for part in &mut self.parts {
             part.iter_mut()
                 .zip(self.gradient)

@@ -15,7 +15,7 @@ use polder_protocol::hash::{BlobId, FederationId, InstitutionId, NodeId, RunId};
 use polder_protocol::identity::KeyPair;
 use polder_protocol::layout::{Layout, Part, PartLayout, TensorLayout};
 use polder_protocol::round::RunMessage;
-use polder_protocol::run::{Boundary, Closing, Codec, Inner, Outer, RunSpec};
+use polder_protocol::run::{Boundary, Closing, Codec, Inner, Optimiser, Outer, RunSpec, SPEC_VERSION, Schedule};
 use polder_protocol::time::Span;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -61,7 +61,7 @@ impl Hub {
         };
         let initial = |number: usize| store.keep(&bytes(std::array::from_fn(|i| (i + number) as f32 / 10.0)));
         let spec = RunSpec {
-            version: 1,
+            version: SPEC_VERSION,
             name: "toy".into(),
             federation: FederationId::default(),
             steward: NodeId([1; 32]),
@@ -85,6 +85,10 @@ impl Hub {
                 weight_decay: 0.0,
                 clip_norm: 1.0,
                 decay_ppm: 0,
+                final_ppm: 0,
+                schedule: Schedule::WarmupStableDecay,
+                optimiser: Optimiser::AdamW,
+                goldfish: None,
             },
             outer: Outer {
                 codec,
