@@ -3,11 +3,17 @@
 //! and beside a bulk transfer.
 //!
 //! `cargo bench -p polder-node --bench emulated_link [-- MBIT...]`; for a link that exists, or that something else
-//! emulates, `-- serve ADDRESS:PORT` at one end and `-- dial ADDRESS:PORT MBIT` at the other.
+//! emulates, `-- serve ADDRESS:PORT` at one end and `-- dial ADDRESS:PORT MBIT` at the other. As root on Linux,
+//! `-- beside [MBIT...]` does so between two namespaces over a link of its own, with iperf3 in turn and at once.
 
+#[cfg(target_os = "linux")]
+mod beside;
+#[cfg(target_os = "linux")]
+mod emulator;
 mod everybody;
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -17,12 +23,42 @@ use bytes::Bytes;
 use everybody::Everybody;
 use polder_node::data::{BlobStore, Class, DataConfig, DataPlane, Service};
 use polder_protocol::hash::NodeId;
+use serde::{Deserialize, Serialize};
 
 const ROUND_TRIP: Duration = Duration::from_millis(80);
 const QUEUE: Duration = Duration::from_millis(100);
 const ECHO_BYTES: usize = 64 << 10;
 const FRAME_BYTES: usize = 1 << 20;
+const IDLE_TIME: Duration = Duration::from_secs(4);
 const BULK_TIME: Duration = Duration::from_secs(8);
+
+/// What was measured over one link.
+#[derive(Debug, Serialize, Deserialize)]
+struct Measured {
+    /// Of the transfer, without headers.
+    megabits: f64,
+    /// Milliseconds of echoes, 50th and 95th percentile.
+    idle: [f64; 2],
+    beside_bulk: [f64; 2],
+    /// Packets of the transfer that were sent, and lost.
+    packets: [u64; 2],
+}
+
+impl fmt::Display for Measured {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (idle, busy, [sent, lost]) = (self.idle, self.beside_bulk, self.packets);
+        write!(
+            f,
+            "bulk {:>6.1} Mbit/s, {:.2} % of packets lost; echo p50/p95 {:.1}/{:.1} ms idle, {:.1}/{:.1} ms beside bulk",
+            self.megabits,
+            lost as f64 / sent.max(1) as f64 * 100.0,
+            idle[0],
+            idle[1],
+            busy[0],
+            busy[1],
+        )
+    }
+}
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -122,11 +158,17 @@ async fn main() -> Outcome<()> {
     if let [mode, address, rest @ ..] = words.as_slice()
         && let Ok(address) = address.parse::<SocketAddr>()
     {
-        return one_end(mode, address, rest.first().map_or(Ok(100.0), |word| word.parse())?).await;
+        return one_end(mode, address, rest.iter().any(|word| word == "json")).await;
     }
     let mut rates: Vec<f64> = std::env::args().filter_map(|word| word.parse().ok()).collect();
     if rates.is_empty() {
         rates = vec![100.0, 300.0];
+    }
+    if words.iter().any(|word| word == "beside") {
+        #[cfg(target_os = "linux")]
+        return beside::run(&rates);
+        #[cfg(not(target_os = "linux"))]
+        return Err("namespaces are Linux's".into());
     }
     println!("round trip {ROUND_TRIP:?}, queue {QUEUE:?}; {BULK_TIME:?} of bulk from a cold start");
     for megabits in rates {
@@ -138,7 +180,7 @@ async fn main() -> Outcome<()> {
 }
 
 /// One end of a link between two machines or namespaces.
-async fn one_end(mode: &str, address: SocketAddr, megabits: f64) -> Outcome<()> {
+async fn one_end(mode: &str, address: SocketAddr, json: bool) -> Outcome<()> {
     let everybody = Arc::new(Everybody(Mutex::default()));
     let (home, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
     if mode == "serve" {
@@ -151,11 +193,10 @@ async fn one_end(mode: &str, address: SocketAddr, megabits: f64) -> Outcome<()> 
     if let Ok(mut book) = everybody.0.lock() {
         book.insert(peer, address);
     }
-    println!("{}", measure(&here, peer, megabits).await?);
-    let bulk = here.links().into_iter().filter(|link| link.class == Class::Bulk);
-    for link in bulk {
-        let share = link.lost_packets as f64 / link.sent_packets.max(1) as f64;
-        println!("{} packets sent, {:.2} % lost", link.sent_packets, share * 100.0);
+    let measured = measure(&here, peer).await?;
+    match json {
+        true => println!("{}", serde_json::to_string(&measured)?),
+        false => println!("{measured}"),
     }
     Ok(())
 }
@@ -177,12 +218,13 @@ async fn one_path(megabits: f64, loss_per_mille: f64) -> Outcome<()> {
         book.insert(there.node(), address);
     }
     let answering = tokio::spawn(answer(there.clone()));
-    let line = measure(&here, there.node(), megabits).await?;
+    let measured = measure(&here, there.node()).await?;
     let sent = counts.sent.load(Ordering::Relaxed).max(1);
     let overflowed = counts.overflowed.load(Ordering::Relaxed);
     println!(
-        "{megabits:>5} Mbit/s, loss {:.1} %: {line}, overshoot {:.2} %",
+        "{megabits:>5} Mbit/s, loss {:.1} %: {measured}, {:.3} of the link, overshoot {:.2} %",
         loss_per_mille / 10.0,
+        measured.megabits / megabits,
         overflowed as f64 / sent as f64 * 100.0
     );
     answering.abort();
@@ -192,10 +234,10 @@ async fn one_path(megabits: f64, loss_per_mille: f64) -> Outcome<()> {
 }
 
 /// Echoes on the idle link, a transfer from a cold start, and echoes beside it.
-async fn measure(here: &DataPlane, peer: NodeId, megabits: f64) -> Outcome<String> {
+async fn measure(here: &DataPlane, peer: NodeId) -> Outcome<Measured> {
     here.connect(peer, Class::Bulk).await?;
     here.connect(peer, Class::Act).await?;
-    let idle = echoes(here, peer, Duration::from_secs(4)).await?;
+    let idle = echoes(here, peer, IDLE_TIME).await?;
     let before = received(here, peer).await?;
     let began = Instant::now();
     let pouring = (0..4).map(|_| pour(here, peer));
@@ -205,18 +247,22 @@ async fn measure(here: &DataPlane, peer: NodeId, megabits: f64) -> Outcome<Strin
         let got = bytes as f64 * 8e-6 / began.elapsed().as_secs_f64();
         Outcome::Ok((got, echoes(here, peer, Duration::from_secs(8)).await?))
     };
-    let (got, busy) = tokio::select! {
+    let (megabits, busy) = tokio::select! {
         measured = beside => measured?,
         _ = futures::future::join_all(pouring) => return Err("the transfer ended early".into()),
     };
-    Ok(format!(
-        "bulk {got:>6.1} Mbit/s = {:.3} of the link; echo p50/p95 {:.1}/{:.1} ms idle, {:.1}/{:.1} ms beside bulk",
-        got / megabits,
-        percentile(&idle, 50),
-        percentile(&idle, 95),
-        percentile(&busy, 50),
-        percentile(&busy, 95),
-    ))
+    let links = here.links();
+    let bulk = links.iter().filter(|link| link.class == Class::Bulk);
+    let packets = bulk.fold([0, 0], |[sent, lost], link| {
+        [sent + link.sent_packets, lost + link.lost_packets]
+    });
+    let percentiles = |times: &[f64]| [percentile(times, 50), percentile(times, 95)];
+    Ok(Measured {
+        megabits,
+        idle: percentiles(&idle),
+        beside_bulk: percentiles(&busy),
+        packets,
+    })
 }
 
 /// What the peer has received of the transfer.
