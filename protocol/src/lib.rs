@@ -32,6 +32,7 @@ pub mod route;
 pub mod session;
 
 // Training.
+pub mod adapters;
 pub mod aggregate;
 pub mod codec;
 pub mod log;

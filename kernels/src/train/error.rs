@@ -1,5 +1,6 @@
 //! Why training fails.
 
+use polder_protocol::adapters::AdapterError;
 use thiserror::Error;
 
 use super::MICRO_BATCHES_KEPT_MAX;
@@ -11,6 +12,8 @@ use crate::model::ConfigError;
 pub enum TrainError {
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error("the adapters: {0}")]
+    Adapters(#[from] AdapterError),
     #[error("the run's settings: {0}")]
     Setting(&'static str),
     #[error("blocks {first} to {end} are not a range of a model of {blocks} blocks")]

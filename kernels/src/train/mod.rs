@@ -1,6 +1,7 @@
 //! Consecutive blocks of a model, loaded for training: forward, backward, inner optimiser, held-out scores.
 
 mod adamw;
+mod adapted;
 mod ademamix;
 mod balance;
 mod checks;
@@ -21,6 +22,7 @@ mod schedule;
 mod stage;
 mod vectorised;
 
+pub use adapted::initial_adapters;
 pub use balance::{BALANCE_RATE, balance};
 pub use data::TrainData;
 pub use error::TrainError;

@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use polder_protocol::adapters::Adapters;
 use polder_protocol::layout::{BlockRange, Layout};
 use polder_protocol::run::Inner;
 
+use super::adapted::Adapted;
 use super::balance::{BALANCE_RATE, balance};
 use super::checks::{check_sizes, checked_layout, finite, read_parts};
 use super::engine::{self, Engine, GradientSums, Input, Kept, Model};
@@ -73,8 +75,9 @@ pub struct TrainStage {
     blocks_kept: u32,
     /// One tensor at most.
     buffer_bytes_max: u64,
-    /// Per part of `range`, as all vectors below.
+    /// Per part of `range`, as all vectors below: of the model, with its adapters merged into it where it has any.
     parameters: Vec<Vec<f32>>,
+    adapted: Option<Adapted>,
     optimiser: Optimiser,
     gradients: GradientSums,
     kept: BTreeMap<u32, Kept>, // At most `MICRO_BATCHES_KEPT_MAX`.
@@ -112,13 +115,77 @@ impl TrainStage {
         steps_total: u64,
         device: &Device,
     ) -> Result<Self, TrainError> {
+        Self::with(config_json, range, parameters, None, (inner, steps_total), device)
+    }
+
+    /// As [`TrainStage::load`], for the adapters of a frozen model: `part_files` hold the adapters' parameters, `model_files`
+    /// the model's.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError`] names what does not fit.
+    pub fn load_adapted<P: AsRef<Path>>(
+        config_json: &str,
+        range: BlockRange,
+        (adapters, model_files): (&Adapters, &[P]),
+        part_files: &[P],
+        (inner, steps_total): (Inner, u64),
+        device: &Device,
+    ) -> Result<Self, TrainError> {
+        let layout = checked_layout(&Config::from_json(config_json)?, range)?;
+        let model = read_parts(&layout, range, model_files)?;
+        let adapters = Adapters {
+            model: layout,
+            ..adapters.clone()
+        };
+        let parameters = read_parts(&adapters.layout()?, range, part_files)?;
+        Self::adapted(
+            config_json,
+            range,
+            model,
+            (&adapters, parameters),
+            (inner, steps_total),
+            device,
+        )
+    }
+
+    /// As [`TrainStage::load_adapted`], from parameters per part.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError`] names what does not fit.
+    pub fn adapted(
+        config_json: &str,
+        range: BlockRange,
+        model: Vec<Vec<f32>>,
+        adapters: (&Adapters, Vec<Vec<f32>>),
+        inner: (Inner, u64),
+        device: &Device,
+    ) -> Result<Self, TrainError> {
+        Self::with(config_json, range, model, Some(adapters), inner, device)
+    }
+
+    fn with(
+        config_json: &str,
+        range: BlockRange,
+        mut parameters: Vec<Vec<f32>>,
+        adapters: Option<(&Adapters, Vec<Vec<f32>>)>,
+        (inner, steps_total): (Inner, u64),
+        device: &Device,
+    ) -> Result<Self, TrainError> {
         inner.check().map_err(TrainError::Setting)?;
         let config = Config::from_json(config_json)?;
         let layout = checked_layout(&config, range)?;
         check_sizes(&layout, range, &parameters)?;
         limits::check_parameters(&layout, range, device.buffer_bytes_max())?;
+        let adapted = adapters.map(|(adapters, own)| Adapted::new(adapters, &layout, range, &parameters, own));
+        let adapted = adapted.transpose()?;
+        if let Some(adapted) = &adapted {
+            adapted.merge(&mut parameters);
+        }
+        let trained = adapted.as_ref().map_or(&layout, Adapted::layout);
         Ok(Self {
-            optimiser: Optimiser::new(inner, steps_total, &layout, range),
+            optimiser: Optimiser::new(inner, steps_total, trained, range),
             goldfish: inner.goldfish.map(Goldfish::new),
             engine: Engine::new(&config, &layout, range, device),
             blocks_kept: engine::blocks_that_fit(&config, range, &parameters, &inner, device),
@@ -128,6 +195,7 @@ impl TrainStage {
             range,
             inner,
             parameters,
+            adapted,
             gradients: GradientSums::default(),
             kept: BTreeMap::new(),
         })
@@ -150,12 +218,12 @@ impl TrainStage {
     /// Bytes of parameters and optimiser state.
     pub fn bytes(&self) -> u64 {
         let parameters: u64 = self.parameters.iter().map(|part| part.len() as u64 * 4).sum();
-        parameters + self.optimiser.bytes()
+        parameters + self.optimiser.bytes() + self.adapted.as_ref().map_or(0, Adapted::bytes)
     }
 
-    /// The present parameters per part.
+    /// The present parameters per part: those that are trained.
     pub fn parameters(&self) -> &[Vec<f32>] {
-        &self.parameters
+        self.adapted.as_ref().map_or(&self.parameters, Adapted::parameters)
     }
 
     /// Replaces the parameters from files; optimiser state stays. Micro-batches under way are dropped.
@@ -164,7 +232,8 @@ impl TrainStage {
     ///
     /// [`TrainError`]; nothing has changed then.
     pub fn set<P: AsRef<Path>>(&mut self, part_files: &[P]) -> Result<(), TrainError> {
-        let parameters = read_parts(&self.layout, self.range, part_files)?;
+        let trained = self.adapted.as_ref().map_or(&self.layout, Adapted::layout);
+        let parameters = read_parts(trained, self.range, part_files)?;
         self.set_parameters(parameters)
     }
 
@@ -174,8 +243,16 @@ impl TrainStage {
     ///
     /// [`TrainError`] where the sizes differ; nothing has changed then.
     pub fn set_parameters(&mut self, parameters: Vec<Vec<f32>>) -> Result<(), TrainError> {
-        check_sizes(&self.layout, self.range, &parameters)?;
-        self.parameters = parameters;
+        match &mut self.adapted {
+            Some(adapted) => {
+                adapted.set(parameters)?;
+                adapted.merge(&mut self.parameters);
+            }
+            None => {
+                check_sizes(&self.layout, self.range, &parameters)?;
+                self.parameters = parameters;
+            }
+        }
         self.forget();
         Ok(())
     }
@@ -186,13 +263,14 @@ impl TrainStage {
     ///
     /// [`TrainError::File`] or [`TrainError::PartCount`].
     pub fn write<P: AsRef<Path>>(&self, part_files: &[P]) -> Result<(), TrainError> {
-        if part_files.len() != self.parameters.len() {
+        let parameters = self.parameters();
+        if part_files.len() != parameters.len() {
             return Err(TrainError::PartCount {
-                expected: self.parameters.len(),
+                expected: parameters.len(),
                 found: part_files.len(),
             });
         }
-        for (file, values) in part_files.iter().zip(&self.parameters) {
+        for (file, values) in part_files.iter().zip(parameters) {
             files::write(file.as_ref(), values)?;
         }
         Ok(())
@@ -337,7 +415,11 @@ impl TrainStage {
     ///
     /// [`TrainError::NoGradients`] where none were made.
     pub fn square_sum(&mut self, micro_batches: u32) -> Result<f64, TrainError> {
-        let gradients = self.gradients.made_mut().ok_or(TrainError::NoGradients)?;
+        let mut gradients = self.gradients.made_mut().ok_or(TrainError::NoGradients)?;
+        if let Some(adapted) = &mut self.adapted {
+            adapted.project(gradients);
+            gradients = adapted.gradients_mut();
+        }
         if micro_batches > 1 {
             let share = 1.0 / micro_batches as f32;
             gradients.iter_mut().for_each(|part| scale(part, share));
@@ -345,9 +427,11 @@ impl TrainStage {
         Ok(gradients.iter().map(|part| square_sum(part)).sum())
     }
 
-    /// The gradients per part: a sum over micro-batches, or their mean after [`TrainStage::square_sum`].
+    /// The gradients per part: a sum over micro-batches, or their mean after [`TrainStage::square_sum`], which also makes
+    /// those of adapters.
     pub fn gradients(&self) -> Option<&[Vec<f32>]> {
-        self.gradients.made()
+        let made = self.gradients.made()?;
+        Some(self.adapted.as_ref().map_or(made, Adapted::gradients))
     }
 
     /// Takes an optimiser's step with the gradients, clipped by the norm over all stages of the replica.
@@ -368,9 +452,20 @@ impl TrainStage {
         if !square_sum.is_finite() || square_sum < 0.0 {
             return Err(TrainError::NotFinite { what: "the gradient" });
         }
-        let gradients = self.gradients.made().unwrap_or_default();
-        self.optimiser.step(&mut self.parameters, gradients, step, square_sum);
-        self.balance_experts();
+        match &mut self.adapted {
+            Some(adapted) => {
+                let (parameters, gradients) = adapted.both();
+                self.optimiser.step(parameters, gradients, step, square_sum);
+                adapted.merge(&mut self.parameters);
+                // The routers' corrections are frozen too.
+                self.engine.take_loads();
+            }
+            None => {
+                let gradients = self.gradients.made().unwrap_or_default();
+                self.optimiser.step(&mut self.parameters, gradients, step, square_sum);
+                self.balance_experts();
+            }
+        }
         self.engine.changed();
         self.kept.clear();
         Ok(())

@@ -6,12 +6,12 @@ use serde_json::Value;
 use super::VerifyError;
 use super::cases::Cases;
 use super::compare::Tally;
-use super::training::{inner, input, parameters};
+use super::training::{inner, input};
 use crate::device::Device;
 use crate::model::{Config, json, layout};
 use crate::stage::{Input, Output, ServeStage, StageError, Want};
 use crate::train::{TrainError, TrainOutput, TrainStage};
-use crate::weights::Tensors;
+use crate::weights::{Tensors, parameters};
 
 pub(super) fn compare(
     config: &Config,

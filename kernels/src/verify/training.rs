@@ -12,7 +12,7 @@ use super::compare::Tally;
 use crate::device::Device;
 use crate::model::{Config, layout};
 use crate::train::{TrainInput, TrainOutput, TrainStage};
-use crate::weights::{Tensors, WeightsError};
+use crate::weights::{Tensors, parameters};
 
 /// Of the norm of all gradients, below which a gradient is rounding: a few units in the last place of f32.
 const ROUNDING: f64 = 1e-6;
@@ -85,31 +85,6 @@ fn tally_norms(cases: &Cases, gradients: &BTreeMap<&str, &[f32]>, tally: &mut Ta
         });
         tally.count("parameters without gradient", moved.count(), without.len());
     }
-}
-
-/// Parameters per part as state blobs hold them.
-pub(super) fn parameters(layout: &Layout, tensors: &dyn Tensors) -> Result<Vec<Vec<f32>>, VerifyError> {
-    let part = |part: &polder_protocol::layout::PartLayout| {
-        let mut values = Vec::new();
-        for tensor in &part.tensors {
-            let source = tensors.tensor(&tensor.name)?;
-            let expected: Vec<usize> = tensor.shape.iter().map(|size| *size as usize).collect();
-            if source.shape != expected {
-                return Err(VerifyError::Weights(WeightsError::Shape {
-                    path: tensors.place().to_owned(),
-                    tensor: tensor.name.clone(),
-                    expected,
-                    found: source.shape,
-                }));
-            }
-            let own = source
-                .to_f32()
-                .map_err(WeightsError::quant(tensors.place(), &tensor.name))?;
-            values.extend(own);
-        }
-        Ok(values)
-    };
-    layout.parts.iter().map(part).collect()
 }
 
 /// A micro-batch of all rows: the last token of each is only a target.
