@@ -128,7 +128,7 @@ impl Charter {
     /// Reads [`Self::to_bytes`], whatever it says.
     fn from_bytes(bytes: &[u8]) -> Result<Self, CharterError> {
         // Every version begins with its number.
-        let number = postcard::take_from_bytes::<u16>(bytes).map_err(|error| SignedError::Malformed(error))?;
+        let number = postcard::take_from_bytes::<u16>(bytes).map_err(SignedError::Malformed)?;
         match number.0 {
             1 => Ok(whole(bytes)?),
             2 => {
