@@ -87,6 +87,84 @@ fn a_node_killed_in_the_middle_of_an_answer_is_replaced_and_the_text_is_the_same
     assert_eq!(nodes.len(), 2, "one node was killed");
 }
 
+#[test]
+fn a_second_turn_of_a_long_chat_begins_sooner_and_says_the_same() {
+    let Some(file) = smollm2() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let settings = "threads = 1\nblocks_max = 15\n";
+    let nodes = federation(folder.path(), "Leiden", &[("a", settings), ("b", settings)]);
+    import(&nodes[0], &file);
+    ask(&nodes[0], QUESTIONS[0]);
+    let mut seconds = (Vec::new(), Vec::new());
+    for round in 0..3 {
+        let facts: Vec<String> = (0..50)
+            .map(|i| format!("House {i} of street {round} has {} windows.", i * 7 % 13))
+            .collect();
+        let mut said = vec![json!({ "role": "user", "content": facts.join(" ") + " Which house has most windows?" })];
+        let first = turn(&nodes[0], &said, Some("a key of one's own"));
+        assert_eq!(first.reused, 0, "other facts");
+        said.push(json!({ "role": "assistant", "content": first.text }));
+        said.push(json!({ "role": "user", "content": "And which one has fewest?" }));
+        // Another key is another person; without one nothing is kept.
+        let other = turn(&nodes[0], &said, [None, Some("another key")][round % 2]);
+        let own = turn(&nodes[0], &said, Some("a key of one's own"));
+        println!(
+            "second turn of {} tokens: {:.0} ms, and {:.0} ms with {} taken over",
+            own.prompt,
+            other.seconds * 1e3,
+            own.seconds * 1e3,
+            own.reused
+        );
+        assert_eq!((own.text, other.reused), (other.text, 0));
+        assert!(own.reused >= first.prompt && own.prompt > own.reused, "{}", own.reused);
+        seconds.0.push(other.seconds);
+        seconds.1.push(own.seconds);
+    }
+    let median = |mut times: Vec<f64>| {
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    };
+    let (without, with) = (median(seconds.0), median(seconds.1));
+    println!(
+        "time to the first word of a second turn: {:.2} of what it is without",
+        with / without
+    );
+    assert!(with < without, "{with} {without}");
+}
+
+/// What came of one turn of a chat.
+struct Turn {
+    text: String,
+    /// To the first word.
+    seconds: f64,
+    prompt: u64,
+    reused: u64,
+}
+
+fn turn(node: &Node, messages: &[Value], key: Option<&str>) -> Turn {
+    let body = json!({
+        "messages": messages, "temperature": 0, "max_tokens": 12, "stream": true,
+        "stream_options": { "include_usage": true },
+    });
+    let began = std::time::Instant::now();
+    let (mut text, mut seconds, mut usage) = (String::new(), None, Value::Null);
+    for event in events(node, &body, key) {
+        if let Some(piece) = event.pointer("/choices/0/delta/content").and_then(Value::as_str) {
+            text.push_str(piece);
+            seconds.get_or_insert(began.elapsed().as_secs_f64());
+        }
+        if event["usage"].is_object() {
+            usage = event["usage"].clone();
+        }
+    }
+    Turn {
+        text,
+        seconds: seconds.expect("an answer has a word"),
+        prompt: usage["prompt_tokens"].as_u64().unwrap(),
+        reused: usage["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap(),
+    }
+}
+
 /// Answers of sessions that share the stages, each asked through another node, are those of each alone.
 fn asked_at_once(nodes: &[Node], alone: &Node) {
     let answers = std::thread::scope(|scope| {
@@ -146,21 +224,8 @@ fn keeps_to_a_schema(node: &Node, alone: &Node, folder: &Path) {
 
 /// The text, who answered, and how many stages were lost. `seen` hears how many pieces have come.
 fn stream(node: &Node, body: &Value, mut seen: impl FnMut(usize)) -> (String, Vec<String>, u64) {
-    let address: Value = serde_json::from_str(&std::fs::read_to_string(node.home.join("api.json")).unwrap()).unwrap();
-    let url = format!("http://{}/v1/chat/completions", address["address"].as_str().unwrap());
-    let answer = ureq::post(&url).send_json(body).unwrap();
     let (mut text, mut chain, mut lost, mut pieces) = (String::new(), Vec::new(), 0, 0);
-    for line in BufReader::new(answer.into_body().into_reader()).lines() {
-        let line = line.unwrap();
-        let Some(event) = line
-            .strip_prefix("data:")
-            .map(str::trim)
-            .filter(|data| *data != "[DONE]")
-        else {
-            continue;
-        };
-        let event: Value = serde_json::from_str(event).unwrap();
-        assert!(event.get("error").is_none(), "{event}");
+    for event in events(node, body, None) {
         if let Some(piece) = event.pointer("/choices/0/delta/content").and_then(Value::as_str) {
             text.push_str(piece);
             pieces += 1;
@@ -175,6 +240,30 @@ fn stream(node: &Node, body: &Value, mut seen: impl FnMut(usize)) -> (String, Ve
         }
     }
     (text, chain, lost)
+}
+
+/// What a chat is answered with, as it comes.
+fn events(node: &Node, body: &Value, key: Option<&str>) -> impl Iterator<Item = Value> {
+    let address: Value = serde_json::from_str(&std::fs::read_to_string(node.home.join("api.json")).unwrap()).unwrap();
+    let url = format!("http://{}/v1/chat/completions", address["address"].as_str().unwrap());
+    let post = ureq::post(&url);
+    let post = match key {
+        Some(key) => post.header("authorization", format!("Bearer {key}")),
+        None => post,
+    };
+    let answer = post.send_json(body).unwrap();
+    BufReader::new(answer.into_body().into_reader())
+        .lines()
+        .filter_map(|line| {
+            let line = line.unwrap();
+            let data = line
+                .strip_prefix("data:")
+                .map(str::trim)
+                .filter(|data| *data != "[DONE]")?;
+            let event: Value = serde_json::from_str(data).unwrap();
+            assert!(event.get("error").is_none(), "{event}");
+            Some(event)
+        })
 }
 
 /// Asks until the model is served, greedily.

@@ -17,7 +17,9 @@ use polder_protocol::layout::{BlockRange, Part};
 use polder_protocol::log::{Body, Contribution, EndReason, Entry, ReplicaId, Round, Signature, Stage};
 use polder_protocol::round::{Commit, CommitAnswer, JoinAnswer, RunMessage, SignedCommit};
 use polder_protocol::run::state_hash;
-use polder_protocol::session::{Feed, FromSeat, Opening, SeatId, SeatRequest, SessionId, ToSeat, Wiring, encode};
+use polder_protocol::session::{
+    Earlier, Feed, FromSeat, Opening, SeatId, SeatRequest, SessionId, ToSeat, Wiring, encode,
+};
 use polder_protocol::time::UnixSeconds;
 use polder_protocol::wire::{
     self, Envelope, FRAME_BYTES, Farewell, FrameHeader, Greeting, Hello, Offer, PeerHint, Punch, Refusal, Reply,
@@ -533,15 +535,33 @@ fn generation() -> Vec<u8> {
         alternatives: vec![likely(4), likely(6)],
     };
     [
-        said(0, FromSeat::Opened),
-        said(1, FromSeat::Opened),
+        said(
+            0,
+            FromSeat::Opened {
+                positions: 2,
+                earliest: 1,
+            },
+        ),
+        said(
+            1,
+            FromSeat::Opened {
+                positions: 0,
+                earliest: 0,
+            },
+        ),
         said(0, FromSeat::Wired { attempt: 1 }),
         said(1, FromSeat::Wired { attempt: 1 }),
         said(1, token(3)),
         bytes(&GenerationEvent::Wait(1_200)),
         said(0, FromSeat::Pong),
         bytes(&GenerationEvent::Lost(1)),
-        said(2, FromSeat::Opened),
+        said(
+            2,
+            FromSeat::Opened {
+                positions: 0,
+                earliest: 0,
+            },
+        ),
         said(2, FromSeat::Wired { attempt: 2 }),
         said(0, FromSeat::Wired { attempt: 2 }),
         said(2, FromSeat::Replayed { attempt: 2 }),
@@ -560,6 +580,11 @@ fn session_messages() -> Vec<Vec<u8>> {
         grammar: Some(Grammar::JsonSchema("{}".into())),
         prompt_tokens: 3,
         end_tokens: vec![2],
+        earlier: Some(Earlier {
+            session: SessionId([4; 16]),
+            positions: 2,
+        }),
+        keep: true,
     };
     let feed = Opening::Feed {
         session: SessionId([1; 16]),

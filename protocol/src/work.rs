@@ -54,7 +54,7 @@ pub enum Task {
         /// Which.
         stage: StageId,
     },
-    /// Reserve KV cache. Answered with [`Answer::Done`] or [`Answer::Failed`].
+    /// Reserve KV cache. Answered with [`Answer::Opened`] or [`Answer::Failed`].
     OpenSession {
         /// Which stage.
         stage: StageId,
@@ -62,6 +62,16 @@ pub enum Task {
         session: u64,
         /// Room for so many tokens.
         context_tokens_max: u32,
+        /// Take over so many positions of a session that has ended ([`Task::EndSession`]), which is closed then.
+        earlier: Option<(u64, u32)>,
+    },
+    /// End a session and keep its positions as long as nobody needs the room. Answered with [`Answer::Done`], also when
+    /// there is no such session.
+    EndSession {
+        /// Which stage.
+        stage: StageId,
+        /// Which session.
+        session: u64,
     },
     /// What a session's answer must keep to, at a stage with the head: from now on only tokens that `grammar` allows are
     /// chosen. Answered with [`Answer::Done`], or [`Answer::Failed`] for a grammar that cannot be used.
@@ -397,6 +407,13 @@ pub enum Answer {
     Failed {
         /// For people.
         reason: String,
+    },
+    /// A session is open.
+    Opened {
+        /// So many positions it has from the session that has ended.
+        positions: u32,
+        /// It can go on from no earlier one of these, except from none.
+        earliest: u32,
     },
     /// The device.
     Device {

@@ -333,6 +333,11 @@ impl ServeStage {
         Ok(())
     }
 
+    /// The earliest position, besides zero, from which a session can go on: a recurrent state cannot be unwound.
+    pub fn earliest(&self, session: u64) -> u32 {
+        self.engine.earliest(session) as u32 // Within the session's room.
+    }
+
     /// Ends a session. On the CPU its positions are kept as long as nobody needs the room, so that another can go on from
     /// them with [`ServeStage::open_session_from`]. [`ServeStage::close_session`] frees them.
     pub fn end_session(&mut self, session: u64) {
@@ -463,7 +468,7 @@ impl ServeStage {
                 reached: state.reached,
             });
         }
-        let earliest = self.engine.earliest(session) as u32; // Within `room`.
+        let earliest = self.earliest(session);
         if position != 0 && position < earliest {
             return Err(StageError::Rewind { position, earliest });
         }

@@ -206,6 +206,7 @@ fn usage_value(usage: Usage) -> Value {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens.saturating_add(usage.completion_tokens),
+        "prompt_tokens_details": { "cached_tokens": usage.reused_tokens },
     })
 }
 

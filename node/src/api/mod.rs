@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, State};
-use axum::http::StatusCode;
+use axum::http::header::AUTHORIZATION;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -25,7 +26,7 @@ use crate::daemon::PeerStatus;
 use crate::serve::ServeHandle;
 use failure::Failure;
 use metrics::Metrics;
-use question::{ChatQuestion, TextQuestion};
+use question::{ChatQuestion, Key, TextQuestion};
 
 /// The longest request. A context of 128 Ki tokens is about half a MiB of text.
 const BODY_BYTES_MAX: usize = 4 << 20;
@@ -78,20 +79,26 @@ async fn models(State(api): State<Arc<Api>>) -> Json<Value> {
 
 async fn chat(
     State(api): State<Arc<Api>>,
+    headers: HeaderMap,
     body: Result<Json<ChatQuestion>, JsonRejection>,
 ) -> Result<Response, Failure> {
     let Json(question) = body?;
-    let (request, shape) = question.read(&api.serve)?;
+    let (request, shape) = question.read(&api.serve, key(&headers))?;
     answer::answer(&api.serve, &api.metrics, request, shape).await
 }
 
 async fn text(
     State(api): State<Arc<Api>>,
+    headers: HeaderMap,
     body: Result<Json<TextQuestion>, JsonRejection>,
 ) -> Result<Response, Failure> {
     let Json(question) = body?;
-    let (request, shape) = question.read(&api.serve)?;
+    let (request, shape) = question.read(&api.serve, key(&headers))?;
     answer::answer(&api.serve, &api.metrics, request, shape).await
+}
+
+fn key(headers: &HeaderMap) -> Key<'_> {
+    Key(headers.get(AUTHORIZATION).map(|key| key.as_bytes()))
 }
 
 async fn show_metrics(State(api): State<Arc<Api>>) -> Response {

@@ -2,14 +2,14 @@
 
 use std::collections::BTreeSet;
 
-use polder_protocol::hash::{InstitutionId, NodeId};
+use polder_protocol::hash::{InstitutionId, NodeId, digest};
 use polder_protocol::route::{RoutePolicy, Who};
 use polder_protocol::work::{ALTERNATIVES_MAX, GRAMMAR_BYTES_MAX, Grammar, Message, Prompt, Sampling};
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::failure::Failure;
-use crate::serve::{GenerateRequest, ServeHandle};
+use crate::serve::{GenerateRequest, Owner, ServeHandle};
 
 /// OpenAI allows four; more are harmless.
 const STOPS_MAX: usize = 16;
@@ -58,6 +58,7 @@ struct Common {
     n: Option<u32>,
     response_format: Option<ResponseFormat>,
     route: Option<Route>,
+    user: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -115,6 +116,20 @@ enum OneOrMany {
     Many(Vec<String>),
 }
 
+/// The key that came with a question. Any will do: it is asked of nobody, and tells those apart who have different ones.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Key<'a>(pub(super) Option<&'a [u8]>);
+
+impl Key<'_> {
+    /// Whose question it is, for keeping what was computed. Who sends no key could be anybody on this machine, and how soon
+    /// an answer comes would tell him what others have asked.
+    fn owner(self, user: Option<&str>) -> Option<Owner> {
+        let key = self.0.filter(|key| !key.is_empty())?;
+        let parts = [&digest(key).0[..], user.unwrap_or_default().as_bytes()].concat();
+        Some(Owner(digest(&parts).0))
+    }
+}
+
 /// How the answer is to look.
 #[derive(Debug, Clone)]
 pub(super) struct Shape {
@@ -126,7 +141,7 @@ pub(super) struct Shape {
 }
 
 impl ChatQuestion {
-    pub(super) fn read(self, serve: &ServeHandle) -> Result<(GenerateRequest, Shape), Failure> {
+    pub(super) fn read(self, serve: &ServeHandle, key: Key<'_>) -> Result<(GenerateRequest, Shape), Failure> {
         if self.messages.is_empty() || self.messages.len() > MESSAGES_MAX {
             return Err(Failure::request(format!(
                 "`messages` must hold 1 to {MESSAGES_MAX} messages"
@@ -140,19 +155,25 @@ impl ChatQuestion {
             (false, Some(_)) => return Err(Failure::request("`top_logprobs` needs `logprobs`: true")),
         };
         self.common
-            .read(serve, Prompt::Chat(messages?), tokens_max, alternatives, true)
+            .read(serve, key, Prompt::Chat(messages?), tokens_max, alternatives, true)
     }
 }
 
 impl TextQuestion {
-    pub(super) fn read(self, serve: &ServeHandle) -> Result<(GenerateRequest, Shape), Failure> {
+    pub(super) fn read(self, serve: &ServeHandle, key: Key<'_>) -> Result<(GenerateRequest, Shape), Failure> {
         let mut prompts = self.prompt.list();
         let (Some(prompt), true) = (prompts.pop(), prompts.is_empty()) else {
             return Err(Failure::request("`prompt` must be one text"));
         };
         let tokens_max = self.common.max_tokens.unwrap_or(TEXT_TOKENS_MAX);
-        self.common
-            .read(serve, Prompt::Plain(prompt), Some(tokens_max), self.logprobs, false)
+        self.common.read(
+            serve,
+            key,
+            Prompt::Plain(prompt),
+            Some(tokens_max),
+            self.logprobs,
+            false,
+        )
     }
 }
 
@@ -194,6 +215,7 @@ impl Common {
     fn read(
         self,
         serve: &ServeHandle,
+        key: Key<'_>,
         prompt: Prompt,
         tokens_max: Option<u32>,
         alternatives: Option<u8>,
@@ -246,6 +268,7 @@ impl Common {
             names: alternatives.is_some(),
             stop,
             policy: self.route.map(Route::read).transpose()?.unwrap_or_default(),
+            owner: key.owner(self.user.as_deref()),
         };
         let shape = Shape {
             chat,

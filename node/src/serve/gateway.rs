@@ -1,15 +1,17 @@
 //! The gateway of a question: turns words into tokens, drives the session, turns tokens into words as they come.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::Stream;
 use polder_protocol::epoch::Epoch;
-use polder_protocol::hash::EpochId;
-use polder_protocol::route::{self, Hop, RoutePolicy};
+use polder_protocol::hash::{EpochId, NodeId};
+use polder_protocol::layout::BlockRange;
+use polder_protocol::route::{self, Hop, Offer, RoutePolicy};
 use polder_protocol::session::{
-    Effect, FromSeat, Generation, Input, Opening, Request, SeatId, SeatRequest, SessionId, ToSeat, Why, decode, encode,
+    Earlier, Effect, FromSeat, Generation, Input, Opening, Request, SeatId, SeatRequest, SessionId, ToSeat, Why,
+    decode, encode,
 };
 use polder_protocol::time;
 use polder_protocol::work::{Grammar, Likely, Prompt, Sampling};
@@ -18,8 +20,9 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tracing::{debug, info};
 
+use super::past::Past;
 use super::text::{Stops, Text, Words};
-use super::{Inner, ServeError, ServeHandle};
+use super::{Inner, Owner, ServeError, ServeHandle};
 
 /// Events that wait for a slow reader. The chain goes on without it for so many tokens.
 const EVENTS_MAX: usize = 256;
@@ -46,6 +49,8 @@ pub struct GenerateRequest {
     pub stop: Vec<String>,
     /// Whom to trust with it.
     pub policy: RoutePolicy,
+    /// Whose it is: stages keep what they compute for the owner's next question. `None` keeps nothing.
+    pub owner: Option<Owner>,
 }
 
 /// What comes of it.
@@ -98,6 +103,8 @@ pub enum Reason {
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: u32,
+    /// Of these, such as an earlier session of the same owner had computed.
+    pub reused_tokens: u32,
     /// Tokens that were generated.
     pub completion_tokens: u32,
     /// Stages that were lost and replaced on the way.
@@ -137,7 +144,7 @@ async fn answer(inner: &Arc<Inner>, request: GenerateRequest, events: &Events) -
     if let Some(grammar) = &request.grammar {
         text.check(grammar).await?;
     }
-    let asking = Asking::new(inner, &epoch, &request, prompt.len())?;
+    let asking = Asking::new(inner, &epoch, &request, &prompt)?;
     let mut effects = Vec::new();
     let machine = Generation::begin(
         asking.now(),
@@ -147,6 +154,7 @@ async fn answer(inner: &Arc<Inner>, request: GenerateRequest, events: &Events) -
             end_tokens: epoch.end_tokens.clone(),
             blocks: epoch.blocks(),
             looks_back: request.sampling.looks_back() || request.grammar.is_some(),
+            shared: asking.past.as_ref().map_or(0, |(_, shared)| *shared),
             prompt,
         },
         inner.config.limits,
@@ -176,6 +184,36 @@ struct Asking<'a> {
     saying: Option<mpsc::Receiver<(SeatId, Result<FromSeat, String>)>>,
     // Dropping one ends the stream to its seat.
     seats: BTreeMap<SeatId, mpsc::UnboundedSender<ToSeat>>,
+    // From which it goes on, and how many tokens they share.
+    past: Option<(Past, u32)>,
+    // The prompt and what was generated, and who computed it, for the next question.
+    tokens: Vec<u32>,
+    chain: Vec<Hop>,
+}
+
+impl Drop for Asking<'_> {
+    /// However it ends, also in the middle: stages keep what they have.
+    fn drop(&mut self) {
+        self.remember();
+    }
+}
+
+impl Asking<'_> {
+    /// Once: what is remembered is taken from here.
+    fn remember(&mut self) {
+        if let Some(owner) = self.request.owner
+            && !self.chain.is_empty()
+        {
+            self.inner.pasts.remember(Past {
+                owner,
+                epoch: self.request.epoch,
+                session: self.session,
+                tokens: std::mem::take(&mut self.tokens),
+                chain: std::mem::take(&mut self.chain),
+                ended_at: Instant::now(),
+            });
+        }
+    }
 }
 
 impl<'a> Asking<'a> {
@@ -183,10 +221,10 @@ impl<'a> Asking<'a> {
         inner: &'a Arc<Inner>,
         epoch: &'a Epoch,
         request: &'a GenerateRequest,
-        prompt_tokens: usize,
+        prompt: &[u32],
     ) -> Result<Self, ServeError> {
         let limit = epoch.context_tokens_max.min(inner.config.context_tokens_max);
-        let prompt_tokens = u32::try_from(prompt_tokens).unwrap_or(u32::MAX);
+        let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
         if prompt_tokens >= limit {
             return Err(ServeError::Request {
                 reason: format!("the prompt has {prompt_tokens} tokens, and the context holds {limit} with the answer"),
@@ -198,7 +236,13 @@ impl<'a> Asking<'a> {
             reason: format!("the system has no random numbers: {error}"),
         })?;
         let (said, saying) = mpsc::channel(SAID_MAX);
+        let past = request
+            .owner
+            .and_then(|owner| inner.pasts.take(Instant::now(), owner, request.epoch, prompt));
         Ok(Self {
+            past,
+            tokens: prompt.to_vec(),
+            chain: Vec::new(),
             inner,
             request,
             epoch,
@@ -227,18 +271,16 @@ impl<'a> Asking<'a> {
         let Some(mut saying) = self.saying.take() else {
             return Ok(());
         };
-        let mut chain = Vec::new();
         loop {
             while !effects.is_empty() {
                 for effect in std::mem::take(&mut effects) {
                     match effect {
                         Effect::Choose { gap, excluded } => {
-                            let offers = self.inner.offers(self.request.epoch);
-                            let blocks = self.epoch.blocks();
-                            let chain = route::choose(&offers, gap, blocks, &self.request.policy, &excluded);
+                            let chain = self.choose(gap, &excluded);
                             machine.step(self.now(), Input::Chosen { gap, chain }, &mut effects);
+                            self.chain = machine.chain();
                         }
-                        Effect::Open { seat, hop } => self.open(seat, hop),
+                        Effect::Open { seat, hop, shared } => self.open(seat, hop, shared),
                         Effect::Send { seat, message } => {
                             if let Some(seat) = self.seats.get(&seat) {
                                 // Where the stream has ended, its loss is on the way.
@@ -251,7 +293,8 @@ impl<'a> Asking<'a> {
                         }
                         Effect::Emit { chosen, alternatives } => {
                             // Stages that were lost and replaced are not who answered last.
-                            chain = machine.chain();
+                            self.chain = machine.chain();
+                            self.tokens.push(chosen.token);
                             let piece = words.push(chosen.token).await?;
                             let (text, stopped) = stops.push(&piece);
                             // No more than were asked for: the last stage may lie.
@@ -270,7 +313,7 @@ impl<'a> Asking<'a> {
                             }
                             if stopped {
                                 let usage = self.usage(&machine);
-                                return self.done(String::new(), Reason::Stop, usage, chain, events).await;
+                                return self.done(String::new(), Reason::Stop, usage, events).await;
                             }
                         }
                         Effect::Done(Why::GaveUp { reason }) => return Err(ServeError::GaveUp { reason }),
@@ -283,11 +326,8 @@ impl<'a> Asking<'a> {
                                 Why::Length if !stopped => Reason::Length,
                                 _ => Reason::Stop,
                             };
-                            if chain.is_empty() {
-                                chain = machine.chain();
-                            }
                             let usage = self.usage(&machine);
-                            return self.done(text, reason, usage, chain, events).await;
+                            return self.done(text, reason, usage, events).await;
                         }
                     }
                 }
@@ -327,32 +367,47 @@ impl<'a> Asking<'a> {
     fn usage(&self, machine: &Generation) -> Usage {
         Usage {
             prompt_tokens: self.prompt_tokens,
+            reused_tokens: machine.tokens_reused(),
             completion_tokens: u32::try_from(machine.tokens_generated()).unwrap_or(u32::MAX),
             losses: machine.losses(),
         }
     }
 
-    async fn done(
-        &self,
-        text: String,
-        reason: Reason,
-        usage: Usage,
-        chain: Vec<Hop>,
-        events: &Events,
-    ) -> Result<(), ServeError> {
+    async fn done(&mut self, text: String, reason: Reason, usage: Usage, events: &Events) -> Result<(), ServeError> {
         let done = Event::Done {
             text,
             reason,
             usage,
-            chain,
+            chain: self.chain.clone(),
         };
+        // Before whoever reads the end asks what comes next.
+        self.remember();
         // Whoever asked may have gone.
         let _ = events.send(Ok(done)).await;
         Ok(())
     }
 
+    /// Stages for a gap: those of the session from which this one goes on, if all of them are there, else the best.
+    fn choose(&mut self, gap: BlockRange, excluded: &BTreeSet<NodeId>) -> Option<Vec<Hop>> {
+        let offers = self.inner.offers(self.request.epoch);
+        let (blocks, policy) = (self.epoch.blocks(), &self.request.policy);
+        let again = self.past.as_ref().and_then(|(past, _)| {
+            let sat = |offer: &Offer| {
+                let mut hops = past.chain.iter();
+                hops.any(|hop| hop.node == offer.node && hop.range == offer.range)
+            };
+            let same: Vec<Offer> = offers.iter().filter(|offer| sat(offer)).copied().collect();
+            route::choose(&same, gap, blocks, policy, excluded)
+        });
+        if again.is_none() {
+            // Others need not hear of that session.
+            self.past = None;
+        }
+        again.or_else(|| route::choose(&offers, gap, blocks, policy, excluded))
+    }
+
     /// Opens the stream to a seat, on a task of its own.
-    fn open(&mut self, seat: SeatId, hop: Hop) {
+    fn open(&mut self, seat: SeatId, hop: Hop, shared: u32) {
         let (messages, mut outgoing) = mpsc::unbounded_channel();
         self.seats.insert(seat, messages);
         let opening = Opening::Seat(SeatRequest {
@@ -365,6 +420,11 @@ impl<'a> Asking<'a> {
             grammar: self.request.grammar.clone(),
             prompt_tokens: self.prompt_tokens,
             end_tokens: self.epoch.end_tokens.clone(),
+            earlier: self.past.as_ref().filter(|_| shared > 0).map(|(past, _)| Earlier {
+                session: past.session,
+                positions: shared,
+            }),
+            keep: self.request.owner.is_some(),
         });
         let inner = Arc::clone(self.inner);
         let said = self.said.clone();

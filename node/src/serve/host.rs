@@ -9,7 +9,7 @@ use polder_protocol::hash::{EpochId, NodeId};
 use polder_protocol::layout::BlockRange;
 use polder_protocol::session::{Feed, FromSeat, Opening, SeatId, SeatInput, SessionId, decode, encode, reason};
 use polder_protocol::work::{Answer, Sampling, StageId, Task, Weights, Written};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
@@ -24,6 +24,9 @@ const TRY_AGAIN: Duration = Duration::from_secs(5);
 /// How often the announcement is refreshed: room for sessions changes.
 const ANNOUNCE_EVERY: Duration = Duration::from_secs(15);
 
+/// A seat ends when the stage has heard that its gateway left, and the worker has done what it was told before.
+const ENDING_MAX: Duration = Duration::from_secs(2);
+
 /// Inputs that wait for one seat. A neighbour that sends more waits.
 pub(super) const INBOX_MAX: usize = 64;
 
@@ -31,6 +34,7 @@ pub(super) const INBOX_MAX: usize = 64;
 #[derive(Debug, Default)]
 pub(super) struct Seats {
     inboxes: Mutex<BTreeMap<(SessionId, SeatId), mpsc::Sender<SeatInput>>>,
+    left: Notify,
 }
 
 impl Seats {
@@ -58,6 +62,23 @@ impl Seats {
 
     pub(super) fn leave(&self, key: (SessionId, SeatId)) {
         self.lock().remove(&key);
+        self.left.notify_waiters();
+    }
+
+    /// Waits until a session has no seat here, at most for as long as a seat takes to end: whoever goes on from a session has
+    /// just left it.
+    pub(super) async fn ended(&self, session: SessionId) {
+        let gone = async {
+            loop {
+                let left = self.left.notified();
+                if !self.lock().keys().any(|(taken, _)| *taken == session) {
+                    return;
+                }
+                left.await;
+            }
+        };
+        // After that it is asked for what it has, and says that it has nothing.
+        let _ = tokio::time::timeout(ENDING_MAX, gone).await;
     }
 
     fn inbox(&self, key: (SessionId, SeatId)) -> Option<mpsc::Sender<SeatInput>> {
@@ -104,7 +125,7 @@ async fn take(inner: Arc<Inner>, incoming: Incoming) {
     } = incoming;
     match decode(&header) {
         Ok(Opening::Seat(request)) => {
-            if let Err(error) = seat::sit(&inner, &request, &mut sender, receiver).await {
+            if let Err(error) = seat::sit(&inner, peer, &request, &mut sender, receiver).await {
                 debug!(peer = %peer.short(), seat = request.seat.0, error, "seat refused or ended");
                 let refused = FromSeat::Refused { reason: reason(&error) };
                 // Whoever asked may have gone.
@@ -155,6 +176,13 @@ pub(super) async fn keep_loaded(inner: Arc<Inner>) {
 
 /// Whether everything wanted is loaded.
 async fn load_wanted(inner: &Arc<Inner>, life: &Life) -> bool {
+    let number = match *life {
+        Life::Running(number) => number,
+        Life::Down(_) => 0,
+    };
+    for left in inner.kept.expire(Instant::now(), number) {
+        seat::close(inner, &left).await;
+    }
     let Life::Running(life) = *life else {
         inner.lock().loaded.clear();
         return inner.lock().wanted.is_empty();
@@ -258,6 +286,7 @@ async fn measure(
         stage,
         session,
         context_tokens_max: 2,
+        earlier: None,
     };
     inner.device.order(open, Bytes::new()).await?;
     let mut micros = 0;

@@ -5,6 +5,8 @@
 
 mod gateway;
 mod host;
+mod kept;
+mod past;
 mod seat;
 mod streams;
 #[cfg(test)]
@@ -27,6 +29,8 @@ use crate::data::{BlobStore, DataPlane, FetchError};
 use crate::device::{Device, DeviceError};
 pub use gateway::{Event, GenerateRequest, Named, Reason, Usage};
 use host::Seats;
+use kept::Kept;
+use past::Pasts;
 use streams::Streams;
 
 /// Who serves what. The daemon answers from the control plane's announcements.
@@ -42,6 +46,11 @@ pub trait Directory: Send + Sync + 'static {
         self.offers(epoch).iter().map(|offer| offer.node).collect()
     }
 }
+
+/// Whose question it is, among those who may ask this node: a hash of whatever tells them apart. It does not leave the
+/// process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owner(pub [u8; 32]);
 
 /// A stage that this node holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -152,6 +161,9 @@ struct Inner {
     directory: Arc<dyn Directory>,
     streams: Streams,
     seats: Seats,
+    // What ended sessions left at this node's stages, and what this node's people asked before.
+    kept: Kept,
+    pasts: Pasts,
     generations: Semaphore,
     // Wakes the task that loads stages.
     changed: Notify,
@@ -198,6 +210,8 @@ pub fn start(
         directory,
         streams,
         seats: Seats::default(),
+        kept: Kept::default(),
+        pasts: Pasts::default(),
         changed: Notify::new(),
         state: Mutex::default(),
         stop: CancellationToken::new(),

@@ -7,14 +7,17 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use polder_protocol::hash::NodeId;
 use polder_protocol::session::{
     Computed, Feed, FromSeat, Opening, Seat, SeatEffect, SeatId, SeatInput, SeatRequest, SessionId, ToSeat, decode,
     encode, reason,
 };
 use polder_protocol::work::{Answer, Task, Written};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use super::host::INBOX_MAX;
+use super::kept::Left;
 use super::streams::{Receiver, Sender};
 use super::{Inner, Loaded};
 use crate::device::DeviceError;
@@ -32,6 +35,7 @@ static SESSIONS: AtomicU64 = AtomicU64::new(1);
 /// Takes a seat and keeps it until the gateway's stream ends. An error says why it was refused or ended, for people.
 pub(super) async fn sit(
     inner: &Arc<Inner>,
+    peer: NodeId,
     request: &SeatRequest,
     sender: &mut Sender,
     receiver: Receiver,
@@ -46,17 +50,36 @@ pub(super) async fn sit(
         worker_session: None,
     };
     let session = SESSIONS.fetch_add(1, Ordering::Relaxed);
+    let mut machine = Seat::new(request, loaded.blocks, loaded.hidden);
+    let earlier = match request.earlier.filter(|earlier| earlier.positions > 0) {
+        Some(earlier) => {
+            inner.seats.ended(earlier.session).await;
+            let left = inner.kept.take((peer, earlier.session), loaded.stage, loaded.life);
+            left.map(|left| (left, earlier.positions))
+        }
+        None => None,
+    };
+    let has_head = request.range.has_head(loaded.blocks);
     let open = Task::OpenSession {
         stage: loaded.stage,
         session,
         context_tokens_max: request.context_tokens_max,
+        earlier: earlier.as_ref().map(|(left, positions)| {
+            // Rows that were not sent on could not be replayed.
+            let sent = if has_head { u32::MAX } else { left.journal.positions() };
+            (left.session, sent.min(*positions))
+        }),
     };
     taken.worker_session = Some((loaded, session));
-    inner
-        .device
-        .order(open, Bytes::new())
-        .await
-        .map_err(|error| error.to_string())?;
+    let (positions, earliest) = match inner.device.order(open, Bytes::new()).await {
+        Ok((Answer::Opened { positions, earliest }, _)) => (positions, earliest),
+        Ok((answer, _)) => return Err(DeviceError::unexpected(&answer).to_string()),
+        Err(error) => return Err(error.to_string()),
+    };
+    let positions = match earlier {
+        Some((left, _)) => machine.go_on_from(left.journal, positions),
+        None => 0,
+    };
     if let Some(grammar) = request
         .grammar
         .clone()
@@ -74,23 +97,51 @@ pub(super) async fn sit(
         let bound = inner.device.order(constrain, Bytes::new()).await;
         bound.map_err(|error| error.to_string())?;
     }
-    sender.send(encode(&FromSeat::Opened), Bytes::new()).await?;
-    let seated = Seated {
+    let opened = FromSeat::Opened { positions, earliest };
+    sender.send(encode(&opened), Bytes::new()).await?;
+    let mut seated = Seated {
         inner: Arc::clone(inner),
-        machine: Seat::new(request, loaded.blocks, loaded.hidden),
+        machine,
         request: request.clone(),
         loaded,
         session,
         feeds: None,
     };
     let (saying, said) = mpsc::channel(SAYING_MAX);
-    let ended = tokio::select! {
-        ended = seated.run(inputs, saying.clone()) => ended,
-        ended = listen(receiver, inbox, saying) => ended,
-        ended = speak(sender, said) => ended,
+    let (ended, sound) = tokio::select! {
+        // The device or the machine is at fault.
+        ended = seated.run(inputs, saying.clone()) => (ended, false),
+        ended = listen(receiver, inbox, saying) => (ended, true),
+        ended = speak(sender, said) => (ended, true),
     };
+    if request.keep && sound {
+        let end = Task::EndSession {
+            stage: loaded.stage,
+            session,
+        };
+        if inner.device.order(end, Bytes::new()).await.is_ok() {
+            taken.worker_session = None;
+            let left = Left {
+                stage: loaded.stage,
+                session,
+                life: loaded.life,
+                journal: seated.machine.into_journal(),
+            };
+            for left in inner.kept.keep(Instant::now(), (peer, request.session), left) {
+                close(inner, &left).await;
+            }
+        }
+    }
     drop(taken);
     ended
+}
+
+/// Frees what an ended session left in the worker.
+pub(super) async fn close(inner: &Inner, left: &Left) {
+    let Left { stage, session, .. } = *left;
+    // A worker that died has freed it already.
+    let close = Task::CloseSession { stage, session };
+    let _ = inner.device.order(close, Bytes::new()).await;
 }
 
 /// The loaded stage that the request means.
@@ -184,7 +235,7 @@ type Computing = BoxFuture<'static, Result<(Answer, Bytes), DeviceError>>;
 
 impl Seated {
     async fn run(
-        mut self,
+        &mut self,
         mut inputs: mpsc::Receiver<SeatInput>,
         saying: mpsc::Sender<FromSeat>,
     ) -> Result<(), String> {
@@ -251,13 +302,7 @@ impl Seated {
         Box::pin(async move { device.order(task, Bytes::from(payload)).await })
     }
 
-    fn open_feeds(
-        &self,
-        to: polder_protocol::hash::NodeId,
-        seat: SeatId,
-        attempt: u32,
-        saying: mpsc::Sender<FromSeat>,
-    ) -> Feeds {
+    fn open_feeds(&self, to: NodeId, seat: SeatId, attempt: u32, saying: mpsc::Sender<FromSeat>) -> Feeds {
         let (outgoing, mut feeds) = mpsc::unbounded_channel::<(Feed, Vec<u8>)>();
         let inner = Arc::clone(&self.inner);
         let session = self.request.session;

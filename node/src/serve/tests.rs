@@ -161,6 +161,102 @@ async fn a_stop_string_ends_the_text_before_it() {
     assert_eq!(answer.reason, Reason::Stop);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_turn_takes_over_what_its_owner_had_computed_and_nobody_else_does() {
+    let town = Town::new();
+    let stages = town.three().await;
+    let (gateway, other) = (town.node(4).await, town.node(5).await);
+    let first = "a long question that is asked first";
+    let second = format!("{first}, and then goes on");
+    let ask = async |node: &Node, prompt: &str, owner: Option<u8>| {
+        let asked = GenerateRequest {
+            owner: owner.map(|owner| Owner([owner; 32])),
+            ..request(node, prompt, 20)
+        };
+        rest(Box::pin(node.serve.generate(asked)), String::new()).await.unwrap()
+    };
+    let expected = ask(&gateway, &second, None).await.text;
+    ask(&gateway, first, Some(1)).await;
+    // Neither another of the same node, nor one of the same name on another node.
+    for (node, owner) in [(&gateway, Some(2)), (&gateway, None), (&other, Some(1))] {
+        let answer = ask(node, &second, owner).await;
+        assert_eq!(
+            (answer.text, answer.usage.reused_tokens),
+            (expected.clone(), 0),
+            "{owner:?}"
+        );
+    }
+    let answer = ask(&gateway, &second, Some(1)).await;
+    assert_eq!((answer.text, answer.usage.reused_tokens), (expected.clone(), 35));
+    // The same question again takes all but its last token.
+    for stage in &stages {
+        stage.ends_all_sessions().await;
+    }
+    let answer = ask(&gateway, &second, Some(1)).await;
+    assert_eq!(
+        (answer.text, answer.usage.reused_tokens),
+        (expected, second.len() as u32 - 1)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_turn_is_the_same_when_a_stage_has_forgotten_is_lost_or_dies_meanwhile() {
+    for (killed, first, end) in [(0, 0, 2), (1, 2, 4), (2, 4, 6)] {
+        let town = Town::new();
+        let stages = town.three().await;
+        let gateway = town.node(4).await;
+        let begun = "a long question that is asked first";
+        let ask = |prompt: &str| GenerateRequest {
+            owner: Some(Owner([1; 32])),
+            ..request(&gateway, prompt, 40)
+        };
+        let all = async |asked| {
+            rest(Box::pin(gateway.serve.generate(asked)), String::new())
+                .await
+                .unwrap()
+        };
+        let unknown = GenerateRequest {
+            owner: None,
+            ..ask(begun)
+        };
+        let expected = all(unknown).await.text;
+        all(ask(begun)).await;
+        for stage in &stages {
+            stage.ends_all_sessions().await;
+        }
+        // One stage has had to make room.
+        stages[killed]
+            .serve
+            .inner
+            .kept
+            .expire(tokio::time::Instant::now(), u64::MAX);
+        let answer = all(ask(begun)).await;
+        assert_eq!((answer.text, answer.usage.reused_tokens), (expected.clone(), 0));
+        for stage in &stages {
+            stage.ends_all_sessions().await;
+        }
+        // It is lost after it has gone on: who takes its seat is told everything from the beginning.
+        let mut events = Box::pin(gateway.serve.generate(ask(begun)));
+        let mut text = String::new();
+        for _ in 0..10 {
+            match events.next().await.unwrap().unwrap() {
+                Event::Token { text: piece, .. } => text.push_str(&piece),
+                Event::Done { .. } => panic!("ended too early"),
+            }
+        }
+        let spare = town.node(5).await;
+        spare.hold(first, end).await;
+        stages[killed].kill();
+        let answer = rest(events, text).await.unwrap();
+        assert_eq!(answer.text, expected, "with stage {killed} killed");
+        assert_eq!(answer.usage.reused_tokens, 34);
+        assert!(answer.usage.losses >= 1, "the stage was killed after the answer");
+        // Who was lost is not asked again, and the others' part alone is worth nothing.
+        let answer = all(ask(begun)).await;
+        assert_eq!(answer.text, expected);
+    }
+}
+
 #[derive(Debug)]
 struct Answered {
     text: String,
@@ -205,6 +301,7 @@ fn request(node: &Node, prompt: &str, tokens_max: u32) -> GenerateRequest {
         names: false,
         stop: Vec::new(),
         policy: RoutePolicy::default(),
+        owner: None,
     }
 }
 
@@ -463,10 +560,21 @@ fn perform(
             ranges.insert(stage, range);
             Answer::Loaded { bytes: 4, hidden: 1 }
         }
-        Task::OpenSession { stage, session, .. } => {
-            pasts.insert((stage, session), Vec::new());
-            Answer::Done
+        Task::OpenSession {
+            stage,
+            session,
+            earlier,
+            ..
+        } => {
+            let earlier = earlier.and_then(|(from, positions)| Some((pasts.remove(&(stage, from))?, positions)));
+            let (mut past, positions) = earlier.unwrap_or_default();
+            past.truncate(positions as usize);
+            let positions = past.len() as u32;
+            pasts.insert((stage, session), past);
+            Answer::Opened { positions, earliest: 0 }
         }
+        // They are kept for ever.
+        Task::EndSession { .. } => Answer::Done,
         Task::CloseSession { stage, session } => {
             pasts.remove(&(stage, session));
             Answer::Done

@@ -198,9 +198,27 @@ impl Compute {
                 stage,
                 session,
                 context_tokens_max,
+                earlier,
             } => {
                 self.grammars.forget((stage, session));
-                self.serving(stage)?.open_session(session, context_tokens_max)?;
+                let stage = self.serving(stage)?;
+                let Some((from, positions)) = earlier else {
+                    stage.open_session(session, context_tokens_max)?;
+                    return done(Answer::Opened {
+                        positions: 0,
+                        earliest: 0,
+                    });
+                };
+                let positions = stage.open_session_from(session, context_tokens_max, from, positions)?;
+                stage.close_session(from);
+                let earliest = stage.earliest(session);
+                done(Answer::Opened { positions, earliest })
+            }
+            Task::EndSession { stage, session } => {
+                self.grammars.forget((stage, session));
+                if let Some(stage) = self.serving.get_mut(&stage) {
+                    stage.end_session(session);
+                }
                 done(Answer::Done)
             }
             Task::Constrain {

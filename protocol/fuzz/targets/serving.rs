@@ -75,6 +75,8 @@ pub(crate) fn seat(bytes: &[u8]) {
         grammar: None,
         prompt_tokens: 3,
         end_tokens: vec![3],
+        earlier: None,
+        keep: false,
     };
     let mut seat = Seat::new(&request, BLOCKS, HIDDEN);
     let mut computing = None;
@@ -140,6 +142,7 @@ pub(crate) fn generation(bytes: &[u8]) {
         end_tokens: vec![7],
         blocks: BLOCKS,
         looks_back: true,
+        shared: 2,
     };
     let mut now = Instant(0);
     let mut effects = Vec::new();

@@ -27,6 +27,8 @@ pub struct Request {
     pub blocks: u32,
     /// Whether the last stage must know the text before the token that it chooses.
     pub looks_back: bool,
+    /// So many tokens of the prompt begin an earlier session, from which stages may go on.
+    pub shared: u32,
 }
 
 /// How long to wait for what.
@@ -106,6 +108,8 @@ pub enum Effect {
         seat: SeatId,
         /// Where, of which blocks.
         hop: Hop,
+        /// Ask it to go on from so many positions of the earlier session.
+        shared: u32,
     },
     /// Tell a seat.
     Send {
@@ -162,6 +166,8 @@ pub struct Generation {
     excluded: BTreeSet<NodeId>,
     losses: u32,
     loss_last: String,
+    // Positions of the prompt that were not computed.
+    reused: u32,
     heard_at: Instant,
     token_at: Instant,
     asked_at: Option<Instant>,
@@ -174,6 +180,9 @@ struct Seated {
     state: State,
     // It lacks the positions that the others have.
     fresh: bool,
+    // Positions that it has from the earlier session, and the first of them from which it can go on.
+    shared: u32,
+    earliest: u32,
     answered: bool,
 }
 
@@ -218,6 +227,7 @@ impl Generation {
             excluded: BTreeSet::new(),
             losses: 0,
             loss_last: String::new(),
+            reused: 0,
             heard_at: now,
             token_at: now,
             asked_at: None,
@@ -247,6 +257,11 @@ impl Generation {
     /// Tokens that were generated so far, an end token not included.
     pub fn tokens_generated(&self) -> usize {
         self.tokens.len().saturating_sub(self.request.prompt.len())
+    }
+
+    /// How many tokens of the prompt no stage had to compute again.
+    pub fn tokens_reused(&self) -> u32 {
+        self.reused
     }
 
     /// How many seats were lost on the way.
@@ -299,6 +314,8 @@ impl Generation {
             return;
         };
         self.gaps.remove(place);
+        // Who takes a seat later computes what is replayed to it.
+        let shared = if self.attempt == 0 { self.shared_max() } else { 0 };
         for hop in chain {
             let id = SeatId(self.seats_opened);
             self.seats_opened = self.seats_opened.wrapping_add(1);
@@ -307,9 +324,11 @@ impl Generation {
                 hop,
                 state: State::Opening { since: now },
                 fresh: true,
+                shared: 0,
+                earliest: 0,
                 answered: true,
             });
-            effects.push(Effect::Open { seat: id, hop });
+            effects.push(Effect::Open { seat: id, hop, shared });
         }
         self.seats.sort_by_key(|seat| seat.hop.range.first);
     }
@@ -343,9 +362,10 @@ impl Generation {
         seat.answered = true;
         self.heard_at = now;
         match message {
-            FromSeat::Opened => {
+            FromSeat::Opened { positions, earliest } => {
                 if matches!(seat.state, State::Opening { .. }) {
                     seat.state = State::Open;
+                    (seat.shared, seat.earliest) = (positions, earliest);
                     self.assembled(now, effects);
                 }
             }
@@ -466,6 +486,7 @@ impl Generation {
         let next = nodes.iter().cycle().skip(1);
         for ((seat, (previous, _)), (next, next_seat)) in self.seats.iter_mut().zip(previous).zip(next) {
             seat.state = State::Open;
+            seat.shared = seat.shared.min(positions);
             let wiring = Wiring {
                 attempt: self.attempt,
                 positions,
@@ -495,10 +516,26 @@ impl Generation {
         }
     }
 
+    /// The most of the prompt that may be taken over: the last token is computed, so that another can be chosen.
+    fn shared_max(&self) -> u32 {
+        let prompt = u32::try_from(self.request.prompt.len()).unwrap_or(u32::MAX);
+        self.request.shared.min(prompt.saturating_sub(1))
+    }
+
+    /// Positions of the earlier session that every seat has and can go on from.
+    fn positions_shared(&self) -> u32 {
+        let least = self.seats.iter().map(|seat| seat.shared).min().unwrap_or(0);
+        let least = least.min(self.shared_max());
+        match self.seats.iter().all(|seat| seat.earliest <= least) {
+            true => least,
+            false => 0,
+        }
+    }
+
     /// Positions that every stage has computed: the last token was chosen from the one before it.
     fn positions_certain(&self) -> u32 {
         match self.tokens_generated() {
-            0 => 0,
+            0 => self.positions_shared(),
             _ => u32::try_from(self.tokens.len()).unwrap_or(u32::MAX).saturating_sub(1),
         }
     }
@@ -506,8 +543,10 @@ impl Generation {
     /// Replays to the first seat that needs it; if none does, runs.
     fn go_on(&mut self, effects: &mut Vec<Effect>) {
         let certain = self.positions_certain();
-        if certain == 0 {
+        if self.tokens_generated() == 0 {
+            // What one lacks, none of them uses.
             self.seats.iter_mut().for_each(|seat| seat.fresh = false);
+            self.reused = certain;
         }
         let attempt = self.attempt;
         let fresh = self.seats.iter().position(|seat| seat.fresh);

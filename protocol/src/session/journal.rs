@@ -54,6 +54,19 @@ impl Journal {
         }
     }
 
+    /// The first `positions` rows of this journal at most, for another context.
+    #[must_use]
+    pub fn into_start(mut self, positions: u32, context_tokens_max: u32) -> Self {
+        self.forget_from(positions.min(context_tokens_max));
+        self.rows_max = usize::try_from(context_tokens_max).unwrap_or(usize::MAX);
+        self
+    }
+
+    /// Bytes that it holds.
+    pub fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
     /// How many positions it holds.
     pub fn positions(&self) -> u32 {
         u32::try_from(self.bytes.len() / self.row_bytes).unwrap_or(u32::MAX)

@@ -63,6 +63,23 @@ pub struct SeatRequest {
     pub prompt_tokens: u32,
     /// After these the last stage sends no token to the first.
     pub end_tokens: Vec<u32>,
+    /// Go on from an earlier session, where its stage still has what it computed.
+    pub earlier: Option<Earlier>,
+    /// After the end, keep what was computed as long as nobody needs the room: a later session of this gateway may go on
+    /// from it.
+    pub keep: bool,
+}
+
+/// An earlier session whose text begins with the same tokens.
+///
+/// A stage knows it by its name and by who asks: the gateway of both, as its connection proved. The name is random and
+/// known to those who sat in that session; nothing here tells a stage tokens that it did not compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Earlier {
+    /// Which.
+    pub session: SessionId,
+    /// So many tokens are the same.
+    pub positions: u32,
 }
 
 /// How a seat is connected in one attempt. Everything from `positions` on is forgotten.
@@ -121,7 +138,12 @@ pub enum ToSeat {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum FromSeat {
     /// The seat is taken and memory reserved.
-    Opened,
+    Opened {
+        /// So many positions it has from the earlier session, of those that were asked for.
+        positions: u32,
+        /// It can go on from no earlier one of these, except from none: a recurrent state cannot be unwound.
+        earliest: u32,
+    },
     /// It is not, or no longer.
     Refused {
         /// For people.

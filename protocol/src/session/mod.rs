@@ -5,6 +5,9 @@
 //! sent ([`Journal`]). When a seat is lost, the gateway ([`Generation`]) begins a new **attempt**: whatever belongs to
 //! an older one is dropped wherever it arrives; another node takes the seat, its upstream replays the journal to it as
 //! one prefill, and the generation goes on after the last token that the gateway has.
+//!
+//! A session may go on from an earlier one of the same gateway whose text begins alike ([`Earlier`]): each seat says how
+//! many positions it still has, and the text is computed from the least of these.
 
 mod generation;
 mod journal;
@@ -16,7 +19,7 @@ mod tests;
 pub use generation::{Effect, Generation, Input, Limits, Request, Why};
 pub use journal::{Journal, JournalError};
 pub use message::{
-    Feed, FromSeat, MESSAGE_BYTES_MAX, MessageError, Opening, REASON_BYTES_MAX, SeatId, SeatRequest, SessionId,
-    TOKENS_PER_MESSAGE_MAX, ToSeat, Wiring, decode, encode, reason,
+    Earlier, Feed, FromSeat, MESSAGE_BYTES_MAX, MessageError, Opening, REASON_BYTES_MAX, SeatId, SeatRequest,
+    SessionId, TOKENS_PER_MESSAGE_MAX, ToSeat, Wiring, decode, encode, reason,
 };
 pub use seat::{CHUNK_ROWS, Computed, Seat, SeatEffect, SeatInput};

@@ -130,6 +130,21 @@ impl Seat {
         }
     }
 
+    /// Begins after `positions` that an earlier session of the same stage computed, with what that one sent. A seat that
+    /// sends its rows on and whose journal has fewer begins after those. Tells after how many.
+    pub fn go_on_from(&mut self, journal: Journal, positions: u32) -> u32 {
+        let journal = journal.into_start(positions, self.context_tokens_max);
+        let sent = if self.has_head { positions } else { journal.positions() };
+        self.position_next = positions.min(sent).min(self.context_tokens_max);
+        self.journal = journal;
+        self.position_next
+    }
+
+    /// What it sent, for a session that goes on from this one.
+    pub fn into_journal(self) -> Journal {
+        self.journal
+    }
+
     /// Takes one input, and appends what the driver must now do, in order.
     pub fn step(&mut self, input: SeatInput, effects: &mut Vec<SeatEffect>) {
         match input {

@@ -35,6 +35,7 @@ fn a_prompt_longer_than_the_context_is_refused_at_once() {
         end_tokens: Vec::new(),
         blocks: 2,
         looks_back: false,
+        shared: 0,
     };
     Generation::begin(Instant(0), request, Limits::default(), &mut effects);
     assert!(matches!(&effects[..], [Effect::Done(Why::GaveUp { reason })] if reason.contains("10 tokens")));
@@ -57,7 +58,66 @@ fn a_lost_stage_that_comes_back_takes_its_seat_again() {
     assert!(world.lost > 0);
 }
 
+#[test]
+fn a_second_turn_computes_only_what_is_new() {
+    let mut world = World::new(vec![offer(1, 0, 2), offer(2, 2, 4), offer(3, 4, 6)], 1);
+    let (first, second) = world.two_turns(|_| ());
+    assert_eq!((first.reused, second.reused), (0, 28));
+    assert_eq!(second.text, second.alone);
+}
+
+#[test]
+fn what_one_stage_has_lost_none_of_them_uses() {
+    for lost in 1..=3 {
+        let mut world = World::new(vec![offer(1, 0, 2), offer(2, 2, 4), offer(3, 4, 6)], 1);
+        let (_, second) = world.two_turns(|world| world.kept.retain(|(node, _), _| *node != NodeId([lost; 32])));
+        assert_eq!((second.reused, second.text), (0, second.alone), "without {lost}");
+    }
+}
+
+#[test]
+fn the_least_that_a_stage_has_is_what_all_use() {
+    for (kept, earliest, reused) in [(9, 0, 9), (9, 4, 9), (9, 20, 0), (0, 0, 0)] {
+        let mut world = World::new(vec![offer(1, 0, 2), offer(2, 2, 4), offer(3, 4, 6)], 1);
+        world.earliest = earliest;
+        let (_, second) = world.two_turns(|world| {
+            let past = world.kept.iter_mut().find(|((node, _), _)| *node == NodeId([2; 32]));
+            past.unwrap().1.1.truncate(kept);
+        });
+        assert_eq!(
+            (second.reused, second.text),
+            (reused, second.alone),
+            "{kept} {earliest}"
+        );
+    }
+}
+
 proptest! {
+    #[test]
+    fn a_second_turn_is_the_same_whatever_was_lost_before_and_meanwhile(
+        seed: u64,
+        forgotten in proptest::collection::vec((1u8..10, 0usize..40), 0..4),
+        losses in proptest::collection::vec((0u64..400, 1u8..10), 0..4),
+    ) {
+        let offers = vec![
+            offer(1, 0, 2), offer(2, 2, 4), offer(3, 4, 6),
+            offer(4, 0, 2), offer(5, 2, 4), offer(6, 4, 6),
+        ];
+        let mut world = World::new(offers, seed);
+        world.returns = true;
+        let (_, second) = world.two_turns(|world| {
+            world.losses = losses;
+            for (node, left) in forgotten {
+                for ((holder, _), (_, past)) in &mut world.kept {
+                    if *holder == NodeId([node; 32]) {
+                        past.truncate(left);
+                    }
+                }
+            }
+        });
+        prop_assert_eq!(second.text, second.alone);
+    }
+
     #[test]
     fn the_text_is_the_same_whichever_stages_are_lost_whenever(
         seed: u64,
@@ -92,6 +152,19 @@ struct World {
     lost: u32,
     text: Vec<u32>,
     done: Option<Why>,
+    prompt: Vec<u32>,
+    shared: u32,
+    reused: u32,
+    // What the seats of an ended session had.
+    kept: BTreeMap<(NodeId, BlockRange), (Journal, Vec<[u8; 4]>)>,
+    earliest: u32,
+}
+
+/// What came of one turn, and what comes of it without an earlier one.
+struct Turn {
+    text: Vec<u32>,
+    alone: Vec<u32>,
+    reused: u32,
 }
 
 struct Fake {
@@ -124,17 +197,54 @@ impl World {
             lost: 0,
             text: Vec::new(),
             done: None,
+            prompt: vec![3, 1, 4, 1, 5],
+            shared: 0,
+            reused: 0,
+            kept: BTreeMap::new(),
+            earliest: 0,
         }
+    }
+
+    /// A question, something that happens to the world, and a question that goes on from the answer.
+    fn two_turns(&mut self, between: impl FnOnce(&mut Self)) -> (Turn, Turn) {
+        let whole = vec![offer(1, 0, 6)];
+        let text = self.run();
+        let first = Turn {
+            alone: text.clone(),
+            text,
+            reused: self.reused,
+        };
+        for ((node, _), fake) in core::mem::take(&mut self.seats) {
+            self.kept
+                .insert((node, fake.range), (fake.machine.into_journal(), fake.past));
+        }
+        self.homes.clear();
+        self.wires.clear();
+        between(self);
+        self.done = None;
+        let answer = core::mem::take(&mut self.text);
+        let said = [&self.prompt[..], &answer[..]].concat();
+        self.shared = u32::try_from(said.len()).unwrap();
+        self.prompt = [&said[..], &[9, 2, 6]].concat();
+        let mut alone = World::new(whole, 0);
+        alone.prompt = self.prompt.clone();
+        let second = Turn {
+            text: self.run(),
+            alone: alone.run(),
+            reused: self.reused,
+        };
+        (first, second)
     }
 
     fn run(&mut self) -> Vec<u32> {
         let request = Request {
-            prompt: vec![3, 1, 4, 1, 5],
+            prompt: self.prompt.clone(),
             tokens_max: NEW_TOKENS,
             context_tokens_max: 64,
             end_tokens: Vec::new(),
             blocks: BLOCKS,
             looks_back: true,
+            shared: self.shared,
         };
         let mut effects = Vec::new();
         let mut gateway = Generation::begin(self.now, request, Limits::default(), &mut effects);
@@ -166,6 +276,7 @@ impl World {
             }
             self.deliver(&mut gateway, key.0, key.1, mail);
         }
+        self.reused = gateway.tokens_reused();
         self.text.clone()
     }
 
@@ -204,6 +315,7 @@ impl World {
                 Effect::Open {
                     seat,
                     hop: Hop { node, range },
+                    shared,
                 } => {
                     self.homes.insert(seat, node);
                     let request = SeatRequest {
@@ -219,6 +331,11 @@ impl World {
                         grammar: None,
                         prompt_tokens: 0,
                         end_tokens: Vec::new(),
+                        earlier: Some(Earlier {
+                            session: SessionId([0; 16]),
+                            positions: shared,
+                        }),
+                        keep: true,
                     };
                     self.post(GATEWAY, node, 0, Mail::Open(request));
                 }
@@ -244,13 +361,24 @@ impl World {
     fn deliver(&mut self, gateway: &mut Generation, from: NodeId, to: NodeId, mail: Mail) {
         let (seat, input) = match mail {
             Mail::Open(request) => {
-                let fake = Fake {
+                let mut fake = Fake {
                     machine: Seat::new(&request, BLOCKS, 1),
                     range: request.range,
                     past: Vec::new(),
                 };
+                let mut positions = 0;
+                if let (Some(earlier), Some((journal, past))) =
+                    (request.earlier, self.kept.remove(&(to, request.range)))
+                {
+                    let held = u32::try_from(past.len()).unwrap().min(earlier.positions);
+                    positions = fake.machine.go_on_from(journal, held);
+                    fake.past = past;
+                    fake.past.truncate(usize::try_from(positions).unwrap());
+                }
                 self.seats.insert((to, request.seat), fake);
-                self.post(to, GATEWAY, 0, Mail::Said(request.seat, FromSeat::Opened));
+                let earliest = self.earliest.min(positions);
+                let opened = FromSeat::Opened { positions, earliest };
+                self.post(to, GATEWAY, 0, Mail::Said(request.seat, opened));
                 return;
             }
             Mail::Said(seat, message) => {

@@ -48,6 +48,7 @@ impl Asking {
                     stage: Compute::HELD,
                     session,
                     context_tokens_max,
+                    earlier: None,
                 },
             )?;
             self.answer()?;

@@ -64,8 +64,36 @@ fn open(compute: &mut Compute, session: u64, context_tokens_max: u32) {
         stage: 1,
         session,
         context_tokens_max,
+        earlier: None,
     };
     compute.perform(open, Vec::new()).unwrap();
+}
+
+#[test]
+fn a_session_goes_on_from_one_that_has_ended() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut compute = loaded(folder.path(), BlockRange::whole(3));
+    let text: Vec<u32> = (1..20).collect();
+    let all = |compute: &mut Compute, session, position: u32| {
+        let rest = text.get(position as usize..).unwrap().to_vec();
+        compute.perform(forward(session, position, rest), Vec::new()).unwrap()
+    };
+    open(&mut compute, 1, 64);
+    let expected = all(&mut compute, 1, 0);
+    let end = Task::EndSession { stage: 1, session: 1 };
+    compute.perform(end, Vec::new()).unwrap();
+    let go_on = |session, positions| Task::OpenSession {
+        stage: 1,
+        session,
+        context_tokens_max: 64,
+        earlier: Some((1, positions)),
+    };
+    let opened = |positions| Answer::Opened { positions, earliest: 0 };
+    assert_eq!(compute.perform(go_on(2, 11), Vec::new()).unwrap().0, opened(11));
+    assert_eq!(all(&mut compute, 2, 11), expected);
+    // It was taken over, so there is nothing left of it.
+    assert_eq!(compute.perform(go_on(3, 11), Vec::new()).unwrap().0, opened(0));
+    assert_eq!(all(&mut compute, 3, 0), expected);
 }
 
 fn forward(session: u64, position: u32, tokens: Vec<u32>) -> Task {
