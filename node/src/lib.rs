@@ -6,6 +6,7 @@ pub mod home;
 pub mod store;
 
 // The two planes, and who may use them.
+mod bucket;
 pub mod control;
 pub mod data;
 pub mod enrol;

@@ -22,6 +22,7 @@ pub mod policy;
 pub mod blob;
 pub mod epoch;
 pub mod layout;
+pub mod window;
 pub mod wire;
 pub mod work;
 

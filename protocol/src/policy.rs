@@ -3,23 +3,18 @@
 //! A policy is data; what the machine looks like is data; the decision is a function of both. A node yields at once
 //! and comes back only after a while of calm, so that it does not start and stop with every breath of its owner's work.
 
-use alloc::string::{String, ToString};
 use alloc::vec::Vec;
-use core::fmt;
-use core::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::time::{Instant, Span};
-
-/// Minutes of a day.
-const DAY_MINUTES: u16 = 24 * 60;
+pub use crate::window::{WeekMinute, Window, WindowError};
 
 /// What the owner of a machine allows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Policy {
-    /// Local times of day in which the node may work; empty means always.
+    /// Local times in which the node may work; empty means always.
     pub windows: Vec<Window>,
     /// Yield while others load the machine by more than so many percent of its cores; 0 never yields.
     pub load_percent_max: u32,
@@ -42,75 +37,11 @@ impl Default for Policy {
     }
 }
 
-/// A time of day, from one minute up to another; past midnight where the end comes first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Window {
-    /// The first minute of the day, below 1,440.
-    from_minute: u16,
-    /// One past the last minute of the day, at most 1,440.
-    until_minute: u16,
-}
-
-/// A text that is no time window.
-#[derive(Debug, Error, Clone, PartialEq, Eq)]
-#[error("`{text}` is no time window: write it as \"19:00-07:30\"")]
-pub struct WindowError {
-    /// The text.
-    pub text: String,
-}
-
-impl Window {
-    /// Whether it holds this minute of the day.
-    pub fn holds(&self, minute: u16) -> bool {
-        if self.from_minute < self.until_minute {
-            (self.from_minute..self.until_minute).contains(&minute)
-        } else {
-            minute >= self.from_minute || minute < self.until_minute
-        }
-    }
-}
-
-impl fmt::Display for Window {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (from, until) = (self.from_minute, self.until_minute);
-        write!(
-            f,
-            "{:02}:{:02}-{:02}:{:02}",
-            from / 60,
-            from % 60,
-            until / 60,
-            until % 60
-        )
-    }
-}
-
-impl FromStr for Window {
-    type Err = WindowError;
-    fn from_str(text: &str) -> Result<Self, WindowError> {
-        let window = || {
-            let (from, until) = text.split_once('-')?;
-            let window = Self {
-                from_minute: minute_of_day(from)?,
-                until_minute: minute_of_day(until)?,
-            };
-            (window.from_minute < DAY_MINUTES && window.from_minute != window.until_minute).then_some(window)
-        };
-        window().ok_or_else(|| WindowError { text: text.to_string() })
-    }
-}
-
-fn minute_of_day(text: &str) -> Option<u16> {
-    let (hours, minutes) = text.trim().split_once(':')?;
-    let (hours, minutes): (u16, u16) = (hours.parse().ok()?, minutes.parse().ok()?);
-    let minute = hours.checked_mul(60)?.checked_add(minutes)?;
-    (minutes < 60 && minute <= DAY_MINUTES).then_some(minute)
-}
-
 /// What the machine looks like now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Facts {
-    /// Local time of day in minutes.
-    pub minute_of_day: u16,
+    /// Local time.
+    pub minute: WeekMinute,
     /// How much of the machine's cores others use, in percent; `None` where it cannot be measured.
     pub load_percent: Option<u32>,
     /// Processes of others that hold memory on the device.
@@ -147,7 +78,7 @@ pub enum Reason {
 impl Policy {
     /// What the facts of one moment say.
     pub fn decide(&self, facts: &Facts) -> Verdict {
-        let in_window = self.windows.is_empty() || self.windows.iter().any(|window| window.holds(facts.minute_of_day));
+        let in_window = self.windows.is_empty() || self.windows.iter().any(|window| window.holds(facts.minute));
         let load_limit = (self.load_percent_max > 0).then_some(self.load_percent_max);
         match (facts.load_percent, load_limit) {
             _ if facts.paused => Verdict::MustYield(Reason::Paused),
@@ -206,32 +137,6 @@ impl Contribution {
 mod tests {
     use super::*;
     use alloc::vec;
-    use proptest::prelude::*;
-
-    #[test]
-    fn a_window_may_pass_midnight() {
-        let night: Window = "19:00-07:30".parse().unwrap();
-        assert_eq!(night.to_string(), "19:00-07:30");
-        assert!(night.holds(23 * 60) && night.holds(0) && night.holds(7 * 60 + 29));
-        assert!(!night.holds(7 * 60 + 30) && !night.holds(12 * 60));
-        let day: Window = "00:00-24:00".parse().unwrap();
-        assert!(day.holds(0) && day.holds(1439));
-    }
-
-    #[test]
-    fn what_is_no_window_is_named() {
-        for text in [
-            "",
-            "19-7",
-            "25:00-26:00",
-            "12:60-13:00",
-            "08:00-08:00",
-            "24:00-01:00",
-            "99999:00-1:00",
-        ] {
-            assert_eq!(text.parse::<Window>(), Err(WindowError { text: text.to_string() }));
-        }
-    }
 
     #[test]
     fn every_reason_to_yield_is_said() {
@@ -241,7 +146,7 @@ mod tests {
             ..Policy::default()
         };
         let free = Facts {
-            minute_of_day: 600,
+            minute: WeekMinute::new(0, 600),
             load_percent: Some(50),
             ..Facts::default()
         };
@@ -250,7 +155,7 @@ mod tests {
             (Facts { paused: true, ..free }, Reason::Paused),
             (
                 Facts {
-                    minute_of_day: 60,
+                    minute: WeekMinute::new(0, 60),
                     ..free
                 },
                 Reason::OutsideWindows,
@@ -303,19 +208,5 @@ mod tests {
         };
         contribution.step(Instant(0), &paused);
         assert_eq!(contribution.step(Instant(1), &Facts::default()), Verdict::MayWork);
-    }
-
-    proptest! {
-        #[test]
-        fn a_window_survives_its_text(from in 0u16..1440, until in 0u16..=1440) {
-            prop_assume!(from != until);
-            let window = Window { from_minute: from, until_minute: until };
-            prop_assert_eq!(window.to_string().parse(), Ok(window));
-        }
-
-        #[test]
-        fn no_text_makes_it_panic(text in ".{0,40}") {
-            let _ = text.parse::<Window>();
-        }
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use bytesize::ByteSize;
-use polder_node::daemon::Status;
+use polder_node::daemon::{CapClock, CapsStatus, Status};
 use serde::Serialize;
 
 use crate::client::Client;
@@ -67,6 +67,7 @@ impl fmt::Display for Answer {
             ByteSize(traffic.sent_bytes),
             ByteSize(traffic.received_bytes)
         )?;
+        show_caps(f, &status.caps)?;
         writeln!(f, "peers       {}", status.peers.len())?;
         for peer in &status.peers {
             let rtt = peer
@@ -120,6 +121,47 @@ impl fmt::Display for Answer {
             writeln!(f, "; this node: {role}, {activity}")?;
         }
         Ok(())
+    }
+}
+
+/// The caps of now, where there are any now or later.
+fn show_caps(f: &mut fmt::Formatter<'_>, caps: &CapsStatus) -> fmt::Result {
+    let now = caps.in_force;
+    let named = [
+        ("upload", now.upload_bytes_per_second),
+        (
+            "upload to each institution",
+            now.upload_bytes_per_second_to_each_institution,
+        ),
+        ("relaying", now.relay_bytes_per_second),
+        (
+            "relaying of each institution",
+            now.relay_bytes_per_second_of_each_institution,
+        ),
+        ("relaying of each member", now.relay_bytes_per_second_of_each_member),
+        ("relaying of each circuit", now.relay_bytes_per_second_of_each_circuit),
+    ];
+    let capped = named.iter().filter(|(_, bytes)| *bytes > 0);
+    let mut words: Vec<String> = capped
+        .map(|(what, bytes)| format!("{what} {}/s", ByteSize(*bytes)))
+        .collect();
+    if words.is_empty() && caps.changes.is_none() {
+        return Ok(());
+    }
+    if words.is_empty() {
+        words.push("none now".into());
+    }
+    let clock = match caps.clock {
+        CapClock::Local => "",
+        CapClock::Utc => " UTC",
+    };
+    write!(f, "caps        {}", words.join(", "))?;
+    if let Some(window) = &caps.window {
+        write!(f, " (window {window}{clock})")?;
+    }
+    match &caps.changes {
+        Some(minute) => writeln!(f, ", until {minute}{clock}"),
+        None => writeln!(f),
     }
 }
 

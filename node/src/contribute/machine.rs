@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use nvml_wrapper::Nvml;
-use polder_protocol::policy::{Facts, Policy};
+use polder_protocol::policy::{Facts, Policy, WeekMinute};
 use sysinfo::{Pid, ProcessRefreshKind, ProcessesToUpdate, System};
 
 /// Deeper descent than this is no family of ours: the daemon starts workers, and a worker starts nothing.
@@ -35,10 +35,8 @@ impl Machine {
     }
 
     pub(super) fn look(&mut self) -> Facts {
-        let now = jiff::Zoned::now();
-        let minute = i32::from(now.hour()) * 60 + i32::from(now.minute());
         let mut facts = Facts {
-            minute_of_day: u16::try_from(minute).unwrap_or(0),
+            minute: week_minute(&jiff::Zoned::now()),
             ..Facts::default()
         };
         let Some(system) = self
@@ -62,6 +60,13 @@ impl Machine {
         }
         facts
     }
+}
+
+/// Which minute of the week it is, where the clock is set so.
+pub(crate) fn week_minute(now: &jiff::Zoned) -> WeekMinute {
+    let minute = i32::from(now.hour()) * 60 + i32::from(now.minute());
+    let day = now.weekday().to_monday_zero_offset();
+    WeekMinute::new(u8::try_from(day).unwrap_or(0), u16::try_from(minute).unwrap_or(0))
 }
 
 /// This process and those that it started.

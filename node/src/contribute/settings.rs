@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Contribute {
-    /// Local times of day in which the node may work, such as `"19:00-07:30"`; empty means always.
+    /// Local times in which the node may work, such as `"19:00-07:30"` or `"mon-fri 18:00-08:00"`; empty means always.
     pub windows: Vec<String>,
     /// Yield while other processes load the machine by more than so many percent of its cores; 0 never yields. Off by
     /// default: a server shared by schedulers sets it.

@@ -19,6 +19,7 @@ use super::address::node_of;
 use super::codec::{Codec, PROTOCOL};
 use super::crowd::Crowd;
 use super::door::Door;
+use super::relayed::Metered;
 use super::shared::Shared;
 use super::turnstile::Turnstile;
 use super::ways::Ways;
@@ -90,23 +91,33 @@ pub(super) fn build(
     let transport = |error: &dyn std::fmt::Display| ControlError::Transport {
         reason: error.to_string(),
     };
+    let meters = config.relay_server.then(|| Arc::clone(shared));
     let builder = SwarmBuilder::with_existing_identity(keypair)
         .with_tokio()
-        .with_quic_config(quic_limits)
         .with_other_transport(|key| {
+            let quic = quic::tokio::Transport::new(quic_limits(quic::Config::new(key)));
+            let meter = meters.clone();
+            quic.map(move |(peer, muxer), _| (peer, Metered::new(muxer, peer, meter.clone())))
+        })
+        .map_err(|error| transport(&error))?
+        .with_other_transport(|key| {
+            let meter = meters.clone();
             let plain = Ways::new(config.proxy.clone())
                 .upgrade(Version::V1Lazy)
                 .authenticate(noise::Config::new(key)?)
-                .multiplex(multiplexer());
+                .multiplex(multiplexer())
+                .map(move |(peer, muxer), _| (peer, Metered::new(muxer, peer, meter.clone())));
             Ok::<_, Box<dyn std::error::Error + Send + Sync>>(plain)
         })
         .map_err(|error| transport(&error))?
         .with_other_transport(|key| {
             let security = noise::Config::new(key)?;
+            let meter = meters.clone();
             let websocket = websocket::Config::new(Ways::new(config.proxy.clone()))
                 .upgrade(Version::V1Lazy)
                 .authenticate(security)
-                .multiplex(multiplexer());
+                .multiplex(multiplexer())
+                .map(move |(peer, muxer), _| (peer, Metered::new(muxer, peer, meter.clone())));
             Ok::<_, Box<dyn std::error::Error + Send + Sync>>(websocket)
         })
         .map_err(|error| transport(&error))?;

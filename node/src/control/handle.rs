@@ -12,7 +12,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::address::{ip_of, mapped_address, multiaddresses, node_of, peer_of, port_of};
 use super::shared::{Shared, lock};
-use super::{Circles, ControlError, Gossip, Incoming, Path, PeerEvent, PeerRecord, REQUEST_DEADLINE};
+use super::{Circles, ControlError, Gossip, Incoming, Path, PeerEvent, PeerRecord, REQUEST_DEADLINE, RelayCaps};
 use crate::gate::AddressBook;
 use crate::mapping::{Opened, Port};
 
@@ -108,6 +108,16 @@ impl ControlHandle {
     /// This node.
     pub fn node(&self) -> NodeId {
         self.shared.node
+    }
+
+    /// Caps what this node relays for others from now on.
+    pub fn set_relay_caps(&self, caps: RelayCaps) {
+        self.shared.relayed.set(caps);
+    }
+
+    /// Bytes that came out of circuits through this node since it started.
+    pub fn relayed_bytes(&self) -> u64 {
+        self.shared.relayed.bytes()
     }
 
     /// Where this node answers, as multiaddresses without the node's id.

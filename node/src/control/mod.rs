@@ -13,6 +13,7 @@ mod driver;
 mod gossip;
 mod handle;
 mod meetings;
+mod relayed;
 mod shared;
 mod table;
 #[cfg(test)]
@@ -34,6 +35,7 @@ use tokio::task::JoinHandle;
 use crate::gate::{Admitted, Gate};
 pub(crate) use address::{is_multiaddress, is_public, source_for};
 pub use handle::{ControlHandle, Tunnels};
+pub use relayed::RelayCaps;
 pub use ways::{Proxy, ProxyError};
 
 /// How long a request may take where the caller does not say: a dial over a slow path, a greeting and an answer.

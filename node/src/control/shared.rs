@@ -10,6 +10,7 @@ use polder_protocol::time::UnixSeconds;
 use polder_protocol::wire::Service;
 use tokio::sync::{broadcast, mpsc};
 
+use super::relayed::Relayed;
 use super::{Gossip, Incoming, Path, PeerEvent, PeerRecord};
 
 /// Members remembered, connected or not. The longest unseen of those not connected is forgotten first.
@@ -28,6 +29,7 @@ pub(super) struct Shared {
     pub(super) services: Mutex<BTreeMap<Service, mpsc::Sender<Incoming>>>,
     pub(super) topics: Mutex<BTreeMap<String, Vec<mpsc::Sender<Gossip>>>>,
     pub(super) events: broadcast::Sender<PeerEvent>,
+    pub(super) relayed: Relayed,
 }
 
 impl Shared {
@@ -40,6 +42,7 @@ impl Shared {
             services: Mutex::default(),
             topics: Mutex::default(),
             events: broadcast::Sender::new(EVENTS_MAX),
+            relayed: Relayed::default(),
         }
     }
 

@@ -8,6 +8,7 @@ use polder_protocol::hash::NodeId;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::caps::{CapClock, CapWindow};
 use crate::contribute::Contribute;
 use crate::control::{Proxy, ProxyError, is_multiaddress};
 
@@ -45,6 +46,18 @@ pub struct Config {
     pub upload_bytes_per_second: u64,
     /// The same, to the members of one institution.
     pub upload_bytes_per_second_to_each_institution: u64,
+    /// The most bytes per second that this node relays as a gateway, all circuits together; 0 is no limit.
+    pub relay_bytes_per_second: u64,
+    /// The same, of what the members of one institution send.
+    pub relay_bytes_per_second_of_each_institution: u64,
+    /// The same, of what one member sends.
+    pub relay_bytes_per_second_of_each_member: u64,
+    /// The same, in each direction of one circuit.
+    pub relay_bytes_per_second_of_each_circuit: u64,
+    /// By which clock `cap_windows` are read: `local` or `utc`.
+    pub cap_clock: CapClock,
+    /// Other caps at some times; the first window that holds decides.
+    pub cap_windows: Vec<CapWindow>,
     /// `auto`, `cpu` or `wgpu`.
     pub device: String,
     /// Threads of the worker on a CPU; 0 takes one per core.
@@ -80,6 +93,12 @@ impl Default for Config {
             map_ports: true,
             upload_bytes_per_second: 0,
             upload_bytes_per_second_to_each_institution: 0,
+            relay_bytes_per_second: 0,
+            relay_bytes_per_second_of_each_institution: 0,
+            relay_bytes_per_second_of_each_member: 0,
+            relay_bytes_per_second_of_each_circuit: 0,
+            cap_clock: CapClock::Local,
+            cap_windows: Vec::new(),
             device: "auto".into(),
             threads: 0,
             train: true,

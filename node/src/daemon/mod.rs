@@ -2,6 +2,7 @@
 
 mod acquaintances;
 mod admin;
+mod caps;
 mod config;
 mod doctor;
 mod local;
@@ -27,6 +28,7 @@ use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+pub use caps::{CapClock, CapWindow, Caps, CapsStatus};
 pub use config::{Config, ConfigError, member_at};
 pub use doctor::{Finding, Health};
 pub use local::LocalApi;
@@ -37,7 +39,7 @@ pub use status::{
 
 use crate::contribute::{self, ContributeHandle};
 use crate::control::{self, ControlConfig, ControlError, ControlHandle, ProxyError};
-use crate::data::{BlobError, BlobStore, DataConfig, DataError, DataPlane, UploadCaps};
+use crate::data::{BlobError, BlobStore, DataConfig, DataError, DataPlane};
 use crate::device::{Device, Process};
 use crate::directory::{self, DirectoryHandle};
 use crate::enrol::EnrolError;
@@ -50,6 +52,7 @@ use crate::serve::{self, ServeConfig, ServeHandle};
 use crate::store::{DiskStore, StoreError};
 use crate::train::{self, TrainConfig, TrainError, TrainHandle};
 use acquaintances::Acquaintances;
+use caps::Schedule;
 use network::{LateBook, hang_up_on_the_lost};
 
 /// What parts of the node get to finish in when it stops.
@@ -86,6 +89,8 @@ pub enum DaemonError {
     Api { address: SocketAddr, source: io::Error },
     #[error("`contribute.windows` in config.toml is not understood")]
     Window(#[from] polder_protocol::policy::WindowError),
+    #[error("`when` of `cap_windows` in config.toml is not understood")]
+    CapWindow(#[source] polder_protocol::policy::WindowError),
     #[error("`{entry}` of `bootstrap` in config.toml is no member; write `NODE@/dns4/gateway.example.org/tcp/4001`")]
     Bootstrap { entry: String },
     #[error("`proxy` in config.toml is not understood")]
@@ -132,6 +137,7 @@ pub(crate) struct Shared {
     pub(crate) puncher: Arc<punch::Puncher>,
     pub(crate) mapper: Mapper,
     pub(crate) rates: Arc<rates::Rates>,
+    pub(crate) caps: Schedule,
     pub(crate) device: Device,
     pub(crate) train: TrainHandle,
     pub(crate) directory: DirectoryHandle,
@@ -170,6 +176,7 @@ impl Daemon {
     ///
     /// [`DaemonError`] says which part does not start, and why.
     pub async fn start(home: Home, config: Config, invite: Option<&Invite>) -> Result<Self, DaemonError> {
+        let schedule = Schedule::new(&config).map_err(DaemonError::CapWindow)?;
         let lock = home.lock()?;
         let key = home.node_key()?;
         if let Some(invite) = invite {
@@ -181,10 +188,7 @@ impl Daemon {
         let book = Arc::new(LateBook::default());
         let data = DataPlane::start(
             DataConfig {
-                upload: UploadCaps {
-                    all: config.upload_bytes_per_second,
-                    institution: config.upload_bytes_per_second_to_each_institution,
-                },
+                upload: schedule.now().upload(),
                 ..DataConfig::new(key.seed(), SocketAddr::new(config.listen, config.data_port))
             },
             Arc::clone(&gate),
@@ -260,6 +264,7 @@ impl Daemon {
             puncher,
             mapper,
             rates,
+            caps: schedule,
             device,
             train,
             directory,
@@ -269,6 +274,7 @@ impl Daemon {
             stop,
         });
         obey(&shared);
+        caps::keep(&shared);
         models::keep(&shared);
         let api = serve_api(&shared).await?;
         let started = shared.started(api)?;

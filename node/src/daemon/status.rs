@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use polder_protocol::charter::Capabilities;
 use serde::{Deserialize, Serialize};
 
+use super::caps::CapsStatus;
 use super::{Shared, Working};
 use crate::control::Path;
 use crate::device::Life;
@@ -50,6 +51,8 @@ pub struct Status {
     pub runs: Vec<RunStatus>,
     /// Bytes on the data plane since the daemon started.
     pub traffic: TrafficStatus,
+    /// Which caps are in force, and when others are.
+    pub caps: CapsStatus,
 }
 
 /// Of which federation a node is a member.
@@ -202,6 +205,7 @@ impl Shared {
                 sent_bytes: self.data.bytes_sent(None),
                 received_bytes: self.data.bytes_received(None),
             },
+            caps: self.caps.status(self.control.relayed_bytes()),
         }
     }
 

@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 
 use polder_protocol::hash::InstitutionId;
 
-/// What may go out at once after a pause, as time at the capped rate.
-const BURST: Duration = Duration::from_millis(50);
+use crate::bucket::Bucket;
 
 /// What is asked for at a time: small enough that everybody who waits gets on.
 pub(super) const SLICE_BYTES: usize = 64 << 10;
@@ -19,22 +18,6 @@ pub struct UploadCaps {
     pub all: u64,
     /// To the members of one institution.
     pub institution: u64,
-}
-
-/// A token bucket, kept as the time at which it will have paid for what was taken: whoever comes later waits longer.
-#[derive(Debug, Clone, Copy)]
-struct Bucket {
-    paid_at: Instant,
-}
-
-impl Bucket {
-    /// Takes `bytes` and says how long to wait before they may go.
-    fn take(&mut self, now: Instant, bytes: usize, bytes_per_second: u64) -> Duration {
-        let earliest = now.checked_sub(BURST).unwrap_or(now);
-        let starts = self.paid_at.max(earliest);
-        self.paid_at = starts + Duration::from_secs_f64(bytes as f64 / bytes_per_second.max(1) as f64);
-        starts.saturating_duration_since(now)
-    }
 }
 
 /// The buckets of a node.
@@ -67,7 +50,7 @@ impl Uploads {
         let caps = state.caps;
         for (whose, cap) in [(None, caps.all), (Some(institution), caps.institution)] {
             if cap > 0 {
-                let bucket = state.buckets.entry(whose).or_insert(Bucket { paid_at: now });
+                let bucket = state.buckets.entry(whose).or_insert_with(|| Bucket::new(now));
                 wait = wait.max(bucket.take(now, bytes, cap));
             }
         }
