@@ -10,6 +10,7 @@ mod context;
 mod failure;
 mod hub;
 mod institutions;
+mod pages;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
     log_to_stderr();
     // The worker has no home and prints nothing: its standard output is the daemon's.
     if let command::Command::Worker(_) = arguments.command {
+        pages::take_huge();
         return command::worker::run();
     }
     let done = Context::new(&arguments.context).and_then(|context| command::run(&context, arguments.command));

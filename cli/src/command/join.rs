@@ -20,6 +20,9 @@ use crate::failure::{Hint, hinted};
 /// What a node in the background may take until it answers.
 const START_TIME_MAX: Duration = Duration::from_secs(60);
 
+/// Threads of a daemon on a machine of many cores: each encrypts a gigabit per second, and idle ones only take memory.
+const DAEMON_THREADS_MAX: usize = 8;
+
 /// Arguments of `polder join`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -46,7 +49,10 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
     if let Some(device) = arguments.device {
         config.device = device;
     }
+    crate::pages::take_small();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(cores.min(DAEMON_THREADS_MAX))
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
