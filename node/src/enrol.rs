@@ -346,6 +346,48 @@ fn read_answer(answer: &[u8]) -> Result<Certified, EnrolError> {
     }
 }
 
+/// What a gateway reads of newcomers and a newcomer of gateways, as fuzz targets see it.
+pub(crate) fn untrusted(bytes: &[u8]) {
+    if let Ok(Request::Renew(certificate)) = postcard::from_bytes(bytes) {
+        let _ = (certificate.claim(), certificate.open());
+    }
+    if let Ok((_, charters, _)) = read_answer(bytes) {
+        assert_eq!(Charters::from_bytes(&charters.to_bytes()), Ok(charters));
+    }
+}
+
+/// Where its fuzzing begins.
+pub(crate) fn honest() -> Vec<Vec<u8>> {
+    let key = KeyPair::from_seed(&[1; 32]);
+    let certificate = Certificate {
+        version: 1,
+        federation: FederationId([2; 32]),
+        node: KeyPair::from_seed(&[3; 32]).node(),
+        institution: key.institution(),
+        capabilities: Capabilities::ORDINARY,
+        not_before: UnixSeconds(1_800_000_000),
+        not_after: UnixSeconds(1_800_003_600),
+        serial: 1,
+    };
+    let certificate = Signed::new(&key, &certificate);
+    let requests = [Request::Token([7; 32]), Request::Renew(certificate.clone())];
+    let answers = [
+        Answer::Refused {
+            reason: "the invite was already used by another node".into(),
+        },
+        Answer::Certified {
+            certificate,
+            charters: Vec::new(),
+            revocations: Vec::new(),
+        },
+    ];
+    let requests = requests.iter().map(postcard::to_allocvec);
+    requests
+        .chain(answers.iter().map(postcard::to_allocvec))
+        .filter_map(Result::ok)
+        .collect()
+}
+
 /// A peer's words go to a person's terminal: short, and without control characters.
 fn printable(text: &str) -> String {
     text.chars().filter(|letter| !letter.is_control()).take(400).collect()

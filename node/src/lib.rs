@@ -30,5 +30,9 @@ pub mod train;
 // What a person talks to.
 pub mod api;
 
+// Readers of untrusted bytes, for fuzz targets.
+#[doc(hidden)]
+pub mod untrusted;
+
 // The one place that wires.
 pub mod daemon;

@@ -34,8 +34,8 @@ impl WeekMinute {
     /// The next minute at which `of` has another value than now, within a week; `None` where it never has.
     pub fn next_change<T: PartialEq>(self, of: impl Fn(Self) -> T) -> Option<Self> {
         let now = of(self);
-        let later = (1..WEEK_MINUTES).map(|minutes| Self((self.0 + minutes) % WEEK_MINUTES));
-        later.into_iter().find(|minute| of(*minute) != now)
+        let mut later = (1..WEEK_MINUTES).map(|minutes| Self((self.0 + minutes) % WEEK_MINUTES));
+        later.find(|minute| of(*minute) != now)
     }
 
     fn day(self) -> u16 {

@@ -1,16 +1,24 @@
-//! Checks of the repository itself. `cargo run --release -p xtask -- walls`
+//! Checks of the repository itself. `cargo run --release -p xtask -- walls`, or `… -- fuzz protocol 60`.
 
+mod fuzz;
 mod walls;
 
 use std::path::Path;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let task = std::env::args().nth(1);
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let outcome = match task.as_deref() {
-        Some("walls") => walls::check(&root),
-        _ => Err(anyhow::anyhow!("usage: xtask walls")),
+    let outcome = match (
+        arguments.as_slice(),
+        arguments.get(2).and_then(|text| text.parse().ok()),
+    ) {
+        (["walls"], _) => walls::check(&root),
+        (["fuzz", package @ ("protocol" | "kernels" | "node"), _], Some(seconds)) => fuzz::run(&root, package, seconds),
+        _ => Err(anyhow::anyhow!(
+            "usage: xtask walls | xtask fuzz protocol|kernels|node SECONDS"
+        )),
     };
     match outcome {
         Ok(summary) => {

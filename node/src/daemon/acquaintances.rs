@@ -25,7 +25,7 @@ const FORGET_AFTER_SECONDS: u64 = 90 * 24 * 3_600;
 
 /// A peer, and when it was last here.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Met {
+pub(super) struct Met {
     peer: KnownPeer,
     at: u64,
 }

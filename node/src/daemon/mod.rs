@@ -12,6 +12,7 @@ mod network;
 mod probe;
 mod rates;
 mod status;
+pub(crate) mod untrusted;
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};

@@ -85,7 +85,7 @@ pub(super) fn close(connection: &quinn::Connection, closing: Closing, reason: &s
     connection.close(closing.code(), reason.get(..end).unwrap_or_default().as_bytes());
 }
 
-fn parse((header, credentials): Frame) -> Option<(Greeting, Bytes)> {
+pub(super) fn parse((header, credentials): Frame) -> Option<(Greeting, Bytes)> {
     Some((postcard::from_bytes(&header).ok()?, credentials))
 }
 

@@ -18,6 +18,7 @@ mod roads;
 mod settings;
 mod tls;
 mod traffic;
+pub(crate) mod untrusted;
 mod windows;
 
 pub use blobs::{BlobError, BlobStore, Fetch, FetchError, Keep, Progress};

@@ -260,7 +260,7 @@ impl AsyncUdpSocket for Roads {
     }
 }
 
-fn append(burst: &mut Vec<u8>, packet: &[u8]) {
+pub(super) fn append(burst: &mut Vec<u8>, packet: &[u8]) {
     // QUIC packets are below 64 KiB, as UDP is.
     if let Ok(length) = u16::try_from(packet.len()) {
         burst.extend_from_slice(&length.to_le_bytes());
@@ -268,7 +268,7 @@ fn append(burst: &mut Vec<u8>, packet: &[u8]) {
     }
 }
 
-async fn read_packet<R: AsyncRead + Unpin>(reader: &mut R) -> io::Result<Bytes> {
+pub(super) async fn read_packet<R: AsyncRead + Unpin>(reader: &mut R) -> io::Result<Bytes> {
     let mut length = [0; 2];
     reader.read_exact(&mut length).await?;
     let mut packet = vec![0; usize::from(u16::from_le_bytes(length))];

@@ -49,13 +49,7 @@ impl Journal {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(error) => return Err(error),
         };
-        let mut recovered = Recovered::default();
-        let mut rest = bytes.as_slice();
-        while let Some((record, after)) = split_record(rest) {
-            fold(&mut recovered.run, record);
-            rest = after;
-        }
-        recovered.torn_bytes = rest.len() as u64;
+        let mut recovered = read(&bytes);
         recovered.run.entries.truncate(entries_max);
         let whole = records(&recovered.run);
         durable::write_with(path, |file| {
@@ -81,6 +75,49 @@ impl Journal {
         self.good_bytes += bytes.len() as u64;
         Ok(())
     }
+}
+
+fn read(bytes: &[u8]) -> Recovered {
+    let mut recovered = Recovered::default();
+    let mut rest = bytes;
+    while let Some((record, after)) = split_record(rest) {
+        fold(&mut recovered.run, record);
+        rest = after;
+    }
+    recovered.torn_bytes = rest.len() as u64;
+    recovered
+}
+
+/// A journal, and a single record without its check, which no chance would hit; as fuzz targets see them.
+pub(crate) fn untrusted_journal(bytes: &[u8]) {
+    let rewritten = |run: &RestoredRun| -> Vec<u8> {
+        let whole = records(run);
+        whole.iter().filter_map(|record| frame(record).ok()).flatten().collect()
+    };
+    let mut run = read(bytes).run;
+    if let Ok(record) = postcard::from_bytes(bytes) {
+        fold(&mut run, record);
+    }
+    let once = rewritten(&run);
+    assert_eq!(
+        rewritten(&read(&once).run),
+        once,
+        "a journal that is rewritten says the same"
+    );
+}
+
+/// Where its fuzzing begins.
+pub(crate) fn honest_journal() -> Vec<u8> {
+    let run = RestoredRun {
+        steward: NodeId([7; 32]),
+        joining: Some(Default::default()),
+        ..RestoredRun::default()
+    };
+    records(&run)
+        .iter()
+        .filter_map(|record| frame(record).ok())
+        .flatten()
+        .collect()
 }
 
 fn frame(record: &Persist) -> io::Result<Vec<u8>> {

@@ -50,6 +50,7 @@ use tokio::task::JoinHandle;
 pub use baselines::{compressor_bits_per_byte, order_0_bits_per_byte};
 pub use datasets::{DataSet, DataSetError, DataSets};
 pub use export::ExportError;
+pub(crate) use journal::{honest_journal, untrusted_journal};
 pub use network::{Planes, TOPIC};
 pub use real::RunBlobs;
 

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 /// The header with which a blob stream is opened. New cases are appended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Ask {
+pub(in crate::data) enum Ask {
     /// What do you have of it? Answered with [`Tell::Unknown`], or with [`Tell::Manifest`] and then [`Tell::Has`] each
     /// time that more is there, until all is.
     Has {
@@ -23,7 +23,7 @@ pub(super) enum Ask {
 
 /// The header of an answer. New cases are appended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Tell {
+pub(in crate::data) enum Tell {
     /// It is not here.
     Unknown,
     /// The payload is the manifest.
@@ -35,14 +35,14 @@ pub(super) enum Tell {
 }
 
 impl Ask {
-    pub(super) fn to_bytes(self) -> Vec<u8> {
+    pub(in crate::data) fn to_bytes(self) -> Vec<u8> {
         // A hash and an integer always encode.
         postcard::to_allocvec(&self).unwrap_or_default()
     }
 }
 
 impl Tell {
-    pub(super) fn to_bytes(self) -> Vec<u8> {
+    pub(in crate::data) fn to_bytes(self) -> Vec<u8> {
         // A case without fields always encodes.
         postcard::to_allocvec(&self).unwrap_or_default()
     }

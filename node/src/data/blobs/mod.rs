@@ -2,7 +2,7 @@
 
 mod answer;
 mod fetch;
-mod message;
+pub(super) mod message;
 mod partial;
 mod store;
 
