@@ -8,8 +8,8 @@ use std::alloc::{Layout, alloc_zeroed};
 use std::sync::Arc;
 
 /// Positions of a page: what a session takes and does not use is half of it on average. It is a multiple of the 16
-/// positions whose keys are turned together, and long enough that going from page to page costs nothing that can be
-/// measured beside the products within.
+/// positions whose keys are turned together, and long enough that going from page to page does not show beside the
+/// products within.
 pub(in crate::stage) const PAGE_POSITIONS: usize = 64;
 
 /// A line of the processor's cache: no vector of a page that begins at one lies across two.
