@@ -17,6 +17,11 @@ pub(super) enum Path {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Vnni,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    /// With dot products of bytes.
+    #[cfg(target_arch = "aarch64")]
+    NeonDot,
 }
 
 impl Path {
@@ -33,7 +38,17 @@ impl Path {
                 }
                 return Self::Avx2;
             }
+            Self::Scalar
         }
+        #[cfg(target_arch = "aarch64")]
+        {
+            if std::arch::is_aarch64_feature_detected!("dotprod") {
+                Self::NeonDot
+            } else {
+                Self::Neon
+            }
+        }
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         Self::Scalar
     }
 }
@@ -60,6 +75,10 @@ pub(super) fn multiply_rows(
         Path::Avx2 => super::simd::multiply_rows_avx2(ty, rows, row_bytes, activations, n, out),
         #[cfg(target_arch = "x86_64")]
         Path::Vnni => super::simd::multiply_rows_vnni(ty, rows, row_bytes, activations, n, out),
+        #[cfg(target_arch = "aarch64")]
+        Path::Neon => super::neon::multiply_rows_neon(ty, rows, row_bytes, activations, n, out),
+        #[cfg(target_arch = "aarch64")]
+        Path::NeonDot => super::neon::multiply_rows_dot(ty, rows, row_bytes, activations, n, out),
     }
 }
 
@@ -76,6 +95,9 @@ pub(super) fn multiply_float_rows(path: Path, rows: &[u8], row_bytes: usize, x: 
                 Path::Scalar => float_dot(&widened, x),
                 #[cfg(target_arch = "x86_64")]
                 Path::Avx2 | Path::Vnni => super::simd::float_dot_avx2(&widened, x),
+                // The compiler has NEON for the plain loop too.
+                #[cfg(target_arch = "aarch64")]
+                Path::Neon | Path::NeonDot => float_dot(&widened, x),
             };
         }
     }

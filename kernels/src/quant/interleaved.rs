@@ -16,6 +16,10 @@ use half::{bf16, f16};
 use super::activations::Activations;
 use super::blocks::UNIT;
 use super::dot::Path;
+#[cfg(target_arch = "aarch64")]
+use super::interleaved_neon as vectors;
+#[cfg(target_arch = "x86_64")]
+use super::interleaved_simd as vectors;
 use super::lay::lay_group;
 use super::{PackedType, QuantError};
 use crate::team;
@@ -241,8 +245,8 @@ impl Interleaved {
         // SAFETY: the caller's promise; the group's first row is below `rows`.
         unsafe {
             let start = out.start.add(index * GROUP);
-            #[cfg(target_arch = "x86_64")]
-            if let Some(run) = super::interleaved_simd::packed(path, self.kind) {
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+            if let Some(run) = vectors::packed(path, self.kind) {
                 return run(group, rows, x, n, start, out.rows);
             }
             let _ = path;
@@ -254,8 +258,8 @@ impl Interleaved {
     }
 
     unsafe fn float_groups(&self, path: Path, groups: Range<usize>, x: &[f32], n: usize, out: Out) {
-        #[cfg(target_arch = "x86_64")]
-        if let Some(run) = super::interleaved_simd::floats(path, self.kind) {
+        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+        if let Some(run) = vectors::floats(path, self.kind) {
             // SAFETY: the caller's promise.
             return unsafe { run(self, groups, x, n, out) };
         }

@@ -458,12 +458,42 @@ mod tests {
                     out.iter().map(|value| value.to_bits()).collect::<Vec<_>>()
                 };
                 let scalar = bits(Path::Scalar);
-                assert_eq!(bits(Path::best()), scalar, "{ty} [{rows}, {cols}] by {n}");
-                #[cfg(target_arch = "x86_64")]
-                if Path::best() == Path::Vnni {
-                    assert_eq!(bits(Path::Avx2), scalar, "{ty} [{rows}, {cols}] by {n}");
+                for path in vector_paths() {
+                    assert_eq!(bits(path), scalar, "{path:?}: {ty} [{rows}, {cols}] by {n}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn the_largest_products_do_not_overflow() {
+        // Blocks of −128 · 1.0, times activations that round to ±127.
+        let mut bytes = Vec::new();
+        for _ in 0..16 * 4 {
+            bytes.extend(half::f16::ONE.to_le_bytes());
+            bytes.extend([0x80; 32]);
+        }
+        let matrix = PackedMatrix::new(PackedType::Q8_0, 16, 128, bytes.into()).unwrap();
+        for sign in [1.0, -1.0] {
+            let x = [127.0 * sign; 128];
+            for path in vector_paths().into_iter().chain([Path::Scalar]) {
+                let mut out = [0.0; 16];
+                matrix.multiply_by(path, &x, 1, &mut out);
+                assert_eq!(out, [-128.0 * 127.0 * 128.0 * sign; 16], "{path:?}");
+            }
+        }
+    }
+
+    /// What this machine has beside the plain loops.
+    fn vector_paths() -> Vec<Path> {
+        match Path::best() {
+            Path::Scalar => vec![],
+            #[cfg(target_arch = "x86_64")]
+            Path::Vnni => vec![Path::Vnni, Path::Avx2],
+            #[cfg(target_arch = "aarch64")]
+            Path::NeonDot => vec![Path::NeonDot, Path::Neon],
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+            one => vec![one],
         }
     }
 

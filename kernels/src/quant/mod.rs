@@ -3,7 +3,7 @@
 //! A packed row is a sequence of blocks of 32 or 256 elements. [`widen()`] gives the exact f32 values, [`narrow()`] packs
 //! f32 values, and [`PackedMatrix`] multiplies without widening: activations become blocks of 32 int8 values and one
 //! scale, integer products are exact, and their sums are added in one fixed order, so that every machine and every
-//! code path (scalar, AVX2, AVX-512 VNNI) gives the same bits. Q4_0, Q4_1, Q8_0, F16 and BF16 are multiplied with their
+//! code path (scalar, AVX2, AVX-512 VNNI, NEON with and without dot products) gives the same bits. Q4_0, Q4_1, Q8_0, F16 and BF16 are multiplied with their
 //! rows side by side (`interleaved`), the other types row by row (`dot`).
 
 mod activations;
@@ -12,6 +12,8 @@ mod blocks;
 mod device_blocks;
 mod dot;
 mod interleaved;
+#[cfg(target_arch = "aarch64")]
+mod interleaved_neon;
 #[cfg(target_arch = "x86_64")]
 mod interleaved_simd;
 mod lay;
@@ -19,6 +21,8 @@ mod matrix;
 mod narrow;
 mod narrow_k;
 mod narrow_table;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod packed_type;
 #[cfg(target_arch = "x86_64")]
 mod simd;
