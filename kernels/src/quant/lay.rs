@@ -7,7 +7,7 @@ use super::interleaved::{GROUP, Kind, Line};
 
 /// Lays out the first rows of `bytes`, as many as a group takes.
 pub(super) fn lay_group(kind: Kind, bytes: &[u8], row_bytes: usize, quants: &mut [Line], scales: &mut [u16]) {
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     if let Some(whole) = bytes.get(..kind.group() * row_bytes) {
         return vectors::lay_group(kind, whole, row_bytes, quants, scales);
     }
@@ -65,21 +65,17 @@ fn lay_floats(bytes: &[u8], row: usize, quants: &mut [Line], first: usize) {
     }
 }
 
-/// Transposition in registers that every x86-64 has (SSE2).
-#[cfg(target_arch = "x86_64")]
+/// Transposition in registers.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod vectors {
-    use std::arch::x86_64::{
-        __m128i, _mm_loadu_si128, _mm_set1_epi8, _mm_storeu_si128, _mm_unpackhi_epi16, _mm_unpackhi_epi32,
-        _mm_unpackhi_epi64, _mm_unpacklo_epi16, _mm_unpacklo_epi32, _mm_unpacklo_epi64, _mm_xor_si128,
-    };
-
     use super::super::interleaved::{FLOAT_GROUP, GROUP, Kind, Line};
+    use super::super::sixteen::{Sixteen, by_turns_16, by_turns_32, by_turns_64, load, store, turned};
     use super::lay_floats;
 
     /// As [`super::lay_rows`], for a group of which every row is there.
     pub(super) fn lay_group(kind: Kind, bytes: &[u8], row_bytes: usize, quants: &mut [Line], scales: &mut [u16]) {
         match kind {
-            Kind::Bytes => lay_blocks::<34, 32, 8>(bytes, row_bytes, quants, scales, -128),
+            Kind::Bytes => lay_blocks::<34, 32, 8>(bytes, row_bytes, quants, scales, 128),
             Kind::CentredNibbles => lay_blocks::<18, 16, 4>(bytes, row_bytes, quants, scales, 0),
             Kind::Nibbles => lay_blocks::<20, 16, 4>(bytes, row_bytes, quants, scales, 0),
             Kind::Half | Kind::Brain => lay_float_group(bytes, row_bytes, quants),
@@ -92,10 +88,8 @@ mod vectors {
         row_bytes: usize,
         quants: &mut [Line],
         scales: &mut [u16],
-        turn: i8,
+        turn: u8,
     ) {
-        // SAFETY: SSE2 is part of x86-64.
-        let turn = unsafe { _mm_set1_epi8(turn) };
         let numbers = (BYTES - QUANTS) / 2;
         let units = quants.as_chunks_mut::<LINES>().0.iter_mut();
         for (unit, (lines, scales)) in units.zip(scales.chunks_exact_mut(numbers * GROUP)).enumerate() {
@@ -113,10 +107,9 @@ mod vectors {
                     }
                 }
                 for (part, lines) in lines.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                    let turned = blocks.map(|block| sixteen(block, BYTES - QUANTS + 16 * part));
-                    for (line, value) in lines.iter_mut().zip(transposed_by_four(turned)) {
-                        // SAFETY: SSE2 is part of x86-64.
-                        put(line, 16 * four, unsafe { _mm_xor_si128(value, turn) });
+                    let rows = blocks.map(|block| sixteen(block, BYTES - QUANTS + 16 * part));
+                    for (line, value) in lines.iter_mut().zip(transposed_by_four(rows)) {
+                        put(line, 16 * four, turned(value, turn));
                     }
                 }
             }
@@ -138,56 +131,35 @@ mod vectors {
         }
     }
 
-    fn sixteen(bytes: &[u8], start: usize) -> __m128i {
-        let bytes = &bytes[start..start + 16];
-        // SAFETY: so many bytes are there, and they may lie anywhere; SSE2 is part of x86-64.
-        unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+    fn sixteen(bytes: &[u8], start: usize) -> Sixteen {
+        load(bytes[start..].first_chunk().expect("a row has the length of its type"))
     }
 
-    fn put(line: &mut Line, start: usize, value: __m128i) {
-        let bytes = &mut line.0[start..start + 16];
-        // SAFETY: as above.
-        unsafe { _mm_storeu_si128(bytes.as_mut_ptr().cast(), value) }
+    fn put(line: &mut Line, start: usize, value: Sixteen) {
+        store(value, line.0[start..].first_chunk_mut().expect("a line has 64 bytes"));
     }
 
     /// `out[i][j] = rows[j][i]` in 32-bit lanes.
-    fn transposed_by_four(rows: [__m128i; 4]) -> [__m128i; 4] {
+    fn transposed_by_four(rows: [Sixteen; 4]) -> [Sixteen; 4] {
         let [a, b, c, d] = rows;
-        // SAFETY: SSE2 is part of x86-64.
-        unsafe {
-            let (low, high) = (_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b));
-            let (further_low, further_high) = (_mm_unpacklo_epi32(c, d), _mm_unpackhi_epi32(c, d));
-            [
-                _mm_unpacklo_epi64(low, further_low),
-                _mm_unpackhi_epi64(low, further_low),
-                _mm_unpacklo_epi64(high, further_high),
-                _mm_unpackhi_epi64(high, further_high),
-            ]
-        }
+        let ([low, high], [further_low, further_high]) = (by_turns_32(a, b), by_turns_32(c, d));
+        let ([zero, one], [two, three]) = (by_turns_64(low, further_low), by_turns_64(high, further_high));
+        [zero, one, two, three]
     }
 
     /// `out[i][j] = rows[j][i]` in 16-bit lanes.
-    fn transposed_by_two(rows: [__m128i; 8]) -> [__m128i; 8] {
+    fn transposed_by_two(rows: [Sixteen; 8]) -> [Sixteen; 8] {
         let [a, b, c, d, e, f, g, h] = rows;
-        // SAFETY: SSE2 is part of x86-64.
-        unsafe {
-            // Pairs of rows, columns 0 to 3 and 4 to 7; then four rows of two columns, one column after the other.
-            let low = [
-                _mm_unpacklo_epi16(a, b),
-                _mm_unpacklo_epi16(c, d),
-                _mm_unpacklo_epi16(e, f),
-                _mm_unpacklo_epi16(g, h),
-            ];
-            let high = [
-                _mm_unpackhi_epi16(a, b),
-                _mm_unpackhi_epi16(c, d),
-                _mm_unpackhi_epi16(e, f),
-                _mm_unpackhi_epi16(g, h),
-            ];
-            let [zero, one, two, three] = transposed_by_four(low);
-            let [four, five, six, seven] = transposed_by_four(high);
-            [zero, one, two, three, four, five, six, seven]
-        }
+        // Pairs of rows, columns 0 to 3 and 4 to 7; then four rows of two columns, one column after the other.
+        let pairs = [
+            by_turns_16(a, b),
+            by_turns_16(c, d),
+            by_turns_16(e, f),
+            by_turns_16(g, h),
+        ];
+        let [zero, one, two, three] = transposed_by_four(pairs.map(|[low, _]| low));
+        let [four, five, six, seven] = transposed_by_four(pairs.map(|[_, high]| high));
+        [zero, one, two, three, four, five, six, seven]
     }
 }
 

@@ -26,6 +26,8 @@ mod neon;
 mod packed_type;
 #[cfg(target_arch = "x86_64")]
 mod simd;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod sixteen;
 mod widen;
 
 #[cfg(feature = "gpu")]
