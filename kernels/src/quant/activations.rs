@@ -59,6 +59,10 @@ impl Activations {
     }
 
     /// −128 times the sums of the rows from `row` on.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        allow(dead_code, reason = "others multiply bytes with signs")
+    )]
     pub(super) fn offsets_from(&self, row: usize) -> *const i32 {
         self.offsets[row * self.units()..].as_ptr()
     }

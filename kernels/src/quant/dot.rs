@@ -12,6 +12,11 @@ pub(super) const FLOAT_LANES: usize = 16;
 /// How products are computed. Every path gives the same bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Path {
+    /// The definition, in plain loops.
+    #[cfg_attr(
+        target_arch = "aarch64",
+        allow(dead_code, reason = "NEON is always there; tests compare with this")
+    )]
     Scalar,
     #[cfg(target_arch = "x86_64")]
     Avx2,
