@@ -144,9 +144,11 @@ pub(crate) fn message(role: &str, content: &str) -> Value {
 pub(crate) enum Piece {
     /// More text.
     Text(String),
+    /// Calls of tools, in OpenAI's shape.
+    Calls(Vec<Value>),
     /// Why the text ended, and who answered.
     Ended {
-        /// `stop` or `length`.
+        /// `stop`, `length` or `tool_calls`.
         reason: String,
         /// The daemon's `polder` object.
         polder: Value,
@@ -217,6 +219,9 @@ fn piece(data: &str) -> anyhow::Result<Option<Piece>> {
             polder: event.get("polder").cloned().unwrap_or_default(),
         }));
     }
+    if let Some(calls) = event.pointer("/choices/0/delta/tool_calls").and_then(Value::as_array) {
+        return Ok(Some(Piece::Calls(calls.clone())));
+    }
     let text = event
         .pointer("/choices/0/delta/content")
         .and_then(Value::as_str)
@@ -261,6 +266,7 @@ mod tests {
             "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"finish_reason\":null}]}\n\n",
             ": keep-alive\n\n",
             "data: {\"choices\":[{\"delta\":{\"content\":\"Grüße\"},\"finish_reason\":null}]}\n\n",
+            "data: {\"choices\":[{\"delta\":{\"tool_calls\":[{\"index\":0}]},\"finish_reason\":null}]}\n\n",
             "data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"stop\"}],\"polder\":{\"chain\":[]}}\n\n",
             "data: {\"choices\":[],\"usage\":{\"total_tokens\":3}}\n\n",
             "data: [DONE]\n\n",
@@ -270,6 +276,7 @@ mod tests {
             pieces,
             [
                 Piece::Text("Grüße".to_owned()),
+                Piece::Calls(vec![json!({ "index": 0 })]),
                 Piece::Ended {
                     reason: "stop".to_owned(),
                     polder: json!({ "chain": [] })

@@ -46,6 +46,7 @@ fn three_nodes_answer_in_three_languages_as_one_node_does() {
 
     asked_at_once(&nodes, &alone[0]);
     keeps_to_a_schema(&nodes[1], &alone[0], folder.path());
+    calls_a_tool(&nodes[1], folder.path());
     let long = "word ".repeat(400);
     let refused = nodes[1].try_verb(&["ask", &long]).unwrap_err();
     assert!(refused.contains("tokens, and the context holds 256"), "{refused}");
@@ -220,6 +221,42 @@ fn keeps_to_a_schema(node: &Node, alone: &Node, folder: &Path) {
     std::fs::write(&file, r#"{"type": "city"}"#).unwrap();
     let refused = node.try_verb(&["ask", "--json-schema", file.to_str().unwrap(), question]);
     assert!(refused.unwrap_err().contains("JSON schema"));
+}
+
+/// A question that must be answered by a call, and one in which a call and its answer are part of the conversation.
+fn calls_a_tool(node: &Node, folder: &Path) {
+    let file = folder.join("tools.json");
+    let tool = json!({ "type": "function", "function": {
+        "name": "tide",
+        "description": "Tells when the water is high.",
+        "parameters": {
+            "type": "object", "additionalProperties": false, "required": ["town"],
+            "properties": { "town": { "enum": ["Delfzijl", "Harlingen"] } },
+        },
+    } });
+    std::fs::write(&file, json!([tool]).to_string()).unwrap();
+    let question = "When is high water at Delfzijl?";
+    let tools = file.to_str().unwrap();
+    let answer = node.verb(&["ask", "--temperature", "0", "--tools", tools, "--must-call", question]);
+    println!("{question} {answer}");
+    assert_eq!(answer["finish_reason"], "tool_calls");
+    assert_eq!(answer["answer"], "");
+    let call = &answer["tool_calls"][0];
+    assert_eq!(call["function"]["name"], "tide");
+    let arguments: Value = serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
+    assert!(["Delfzijl", "Harlingen"].contains(&arguments["town"].as_str().unwrap()));
+    let body = json!({
+        "messages": [
+            { "role": "user", "content": question },
+            { "role": "assistant", "content": null, "tool_calls": [call] },
+            { "role": "tool", "tool_call_id": call["id"], "content": "14:05" },
+        ],
+        "tools": [tool], "temperature": 0, "max_tokens": 8, "stream": true,
+    });
+    let (text, ..) = stream(node, &body, |_| {});
+    assert!(!text.is_empty());
+    let refused = node.try_verb(&["ask", "--tools", "/dev/null", question]);
+    assert!(refused.unwrap_err().contains("is not JSON"));
 }
 
 /// The text, who answered, and how many stages were lost. `seen` hears how many pieces have come.

@@ -24,9 +24,8 @@ fn prompts_of_real_weights_have_the_reference_ids() {
         assert_eq!(tokenizer.encode(prompt).unwrap(), expected, "{prompt}");
         if entry["mode"] == "chat" {
             let question = prompt.rsplit("<|im_start|>user\n").next().unwrap();
-            let content = question.split("<|im_end|>").next().unwrap().to_owned();
-            let role = "user".to_owned();
-            assert_eq!(template.render(&[Message { role, content }]).unwrap(), prompt);
+            let content = question.split("<|im_end|>").next().unwrap();
+            assert_eq!(template.render(&[Message::new("user", content)], &[]).unwrap(), prompt);
             assert_eq!(tokenizer.encode_bare(prompt).unwrap(), expected);
         }
         let mut stream = tokenizer.stream();

@@ -287,6 +287,9 @@ impl Task {
 /// The longest JSON schema.
 pub const GRAMMAR_BYTES_MAX: usize = 32 << 10;
 
+/// The longest descriptions of tools, together.
+pub const TOOLS_BYTES_MAX: usize = 256 << 10;
+
 /// What an answer keeps to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Grammar {
@@ -302,16 +305,39 @@ pub enum Prompt {
     /// Text to go on with.
     Plain(String),
     /// A conversation to answer, written out by the model's chat template.
-    Chat(Vec<Message>),
+    Chat {
+        /// What was said so far.
+        messages: Vec<Message>,
+        /// What the model may call: each a JSON object `{"type": "function", "function": {...}}`, together at most
+        /// [`TOOLS_BYTES_MAX`] long.
+        tools: Vec<String>,
+    },
 }
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
-    /// `system`, `user` or `assistant`.
+    /// `system`, `user`, `assistant` or `tool`.
     pub role: String,
     /// What was said.
     pub content: String,
+    /// What the assistant called.
+    pub tool_calls: Vec<ToolCall>,
+    /// Of a tool's answer: the call that it answers.
+    pub tool_call_id: Option<String>,
+    /// Who speaks, where templates want to know: of a tool's answer, the tool.
+    pub name: Option<String>,
+}
+
+/// A tool that a model called.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ToolCall {
+    /// Names the call.
+    pub id: String,
+    /// Which tool.
+    pub name: String,
+    /// A JSON object.
+    pub arguments: String,
 }
 
 /// How weights are kept.

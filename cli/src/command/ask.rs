@@ -1,6 +1,7 @@
 //! `polder ask`: one question, one answer.
 
 use std::io::{IsTerminal, Read};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use serde_json::{Value, json};
@@ -22,6 +23,13 @@ pub(crate) struct Arguments {
     /// What the model is told before the question
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
+    /// Offer the model the tools in this JSON file, a list of OpenAI's `{"type": "function", "function": ...}`; what it
+    /// calls is printed, not carried out
+    #[arg(long, value_name = "FILE")]
+    tools: Option<PathBuf>,
+    /// Answer with a call of one of the tools, whatever the question
+    #[arg(long, requires = "tools")]
+    must_call: bool,
     /// Say which nodes answered
     #[arg(short, long)]
     verbose: bool,
@@ -41,7 +49,15 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
     messages.push(message("user", &question));
     let mut all = String::new();
     let (mut reason, mut polder, mut usage) = (String::new(), Value::Null, Value::Null);
-    for piece in ask(&client, &arguments.choosing.question(context.home(), &messages)?)? {
+    let mut asked = arguments.choosing.question(context.home(), &messages)?;
+    if let Some(file) = &arguments.tools {
+        asked["tools"] = tools(file)?;
+        if arguments.must_call {
+            asked["tool_choice"] = "required".into();
+        }
+    }
+    let mut calls: Vec<Value> = Vec::new();
+    for piece in ask(&client, &asked)? {
         match piece? {
             Piece::Text(text) => {
                 if !context.json() {
@@ -49,6 +65,7 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
                 }
                 all.push_str(&text);
             }
+            Piece::Calls(more) => calls.extend(more),
             Piece::Ended {
                 reason: why,
                 polder: who,
@@ -57,10 +74,23 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
         }
     }
     if context.json() {
-        let answer = json!({ "answer": all, "finish_reason": reason, "usage": usage, "polder": polder });
+        let mut answer = json!({ "answer": all, "finish_reason": reason, "usage": usage, "polder": polder });
+        if !calls.is_empty() {
+            answer["tool_calls"] = calls.into();
+        }
         return write_all(&format!("{answer}\n"));
     }
-    write_all("\n")?;
+    if calls.is_empty() || !all.is_empty() {
+        write_all("\n")?;
+    }
+    for call in &calls {
+        let text = |path: &str| call.pointer(path).and_then(Value::as_str).unwrap_or_default();
+        write_all(&format!(
+            "call {} {}\n",
+            text("/function/name"),
+            text("/function/arguments")
+        ))?;
+    }
     if arguments.verbose {
         eprint!("answered by\n{}", who_answered(&polder));
     }
@@ -68,6 +98,17 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
         eprintln!("(the answer was cut: its limit of tokens was reached)");
     }
     Ok(())
+}
+
+/// The tools in `file`: a list, or a single one.
+fn tools(file: &Path) -> anyhow::Result<Value> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    match serde_json::from_str(&text) {
+        Ok(Value::Array(tools)) => Ok(tools.into()),
+        Ok(tool @ Value::Object(_)) => Ok(Value::from(vec![tool])),
+        Ok(_) => bail!("{} holds neither a list of tools nor a tool", file.display()),
+        Err(error) => Err(error).with_context(|| format!("{} is not JSON", file.display())),
+    }
 }
 
 fn read_question() -> anyhow::Result<String> {

@@ -103,7 +103,7 @@ async fn answer(client: &Client, home: &Path, arguments: &Arguments, messages: &
             Some(Piece::Ended { polder, .. }) if arguments.verbose => {
                 eprint!("\nanswered by\n{}", who_answered(&polder));
             }
-            Some(Piece::Ended { .. } | Piece::Usage(_)) => {}
+            Some(Piece::Ended { .. } | Piece::Calls(_) | Piece::Usage(_)) => {}
             None => break,
         }
     }

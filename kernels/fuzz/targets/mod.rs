@@ -25,11 +25,12 @@ fn chat_template(bytes: &[u8]) {
     let Ok(template) = ChatTemplate::new(Some(text), "<s>", "</s>") else {
         return;
     };
-    let message = |role: &str, content: &str| Message {
-        role: role.into(),
-        content: content.into(),
-    };
-    let _ = template.render(&[message("system", "Be brief."), message("user", "Wat is een polder?")]);
+    let messages = [
+        Message::new("system", "Be brief."),
+        Message::new("user", "Wat is een polder?"),
+    ];
+    let tool = serde_json::json!({ "type": "function", "function": { "name": "tide", "parameters": {} } });
+    let _ = template.render(&messages, &[tool]);
 }
 
 fn config(bytes: &[u8]) {

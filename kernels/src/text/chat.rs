@@ -3,9 +3,11 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, Value, context};
+use serde_json::Value as Json;
 
-use super::{TextError, template_methods};
+use super::{TextError, template_methods, tool_words};
 
 /// Instructions that a template may take: hundreds of messages in the longest templates known take a tenth.
 const FUEL: u64 = 2_000_000;
@@ -20,10 +22,73 @@ const FALLBACK: &str = "{% for message in messages %}{{ message.role }}: {{ mess
 /// One turn.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Message {
-    /// `system`, `user` or `assistant`.
+    /// `system`, `user`, `assistant` or `tool`.
     pub role: String,
     /// What was said.
     pub content: String,
+    /// What the assistant called.
+    pub tool_calls: Vec<ToolCall>,
+    /// Of a tool's answer: the call that it answers.
+    pub tool_call_id: Option<String>,
+    /// Who speaks, where templates want to know: of a tool's answer, the tool.
+    pub name: Option<String>,
+}
+
+/// A call of a tool, by the assistant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ToolCall {
+    /// Names the call.
+    pub id: String,
+    /// Which tool.
+    pub name: String,
+    /// A JSON object.
+    pub arguments: Json,
+}
+
+impl Message {
+    /// A turn of words alone.
+    pub fn new(role: &str, content: &str) -> Self {
+        Self {
+            role: role.to_owned(),
+            content: content.to_owned(),
+            tool_calls: Vec::new(),
+            tool_call_id: None,
+            name: None,
+        }
+    }
+
+    /// The turn as templates know it from transformers: fields that it does not have are not there.
+    fn value(&self) -> Value {
+        let mut turn = vec![("role", Value::from(self.role.as_str()))];
+        // Of an assistant that only called there is no content; templates ask so.
+        let silent = self.content.is_empty() && !self.tool_calls.is_empty();
+        turn.push((
+            "content",
+            if silent {
+                Value::from(())
+            } else {
+                Value::from(self.content.as_str())
+            },
+        ));
+        if !self.tool_calls.is_empty() {
+            turn.push(("tool_calls", self.tool_calls.iter().map(ToolCall::value).collect()));
+        }
+        turn.extend(self.tool_call_id.as_deref().map(|id| ("tool_call_id", Value::from(id))));
+        turn.extend(self.name.as_deref().map(|name| ("name", Value::from(name))));
+        Value::from_pairs(turn)
+    }
+}
+
+impl ToolCall {
+    fn value(&self) -> Value {
+        let arguments = Value::from(Serde(&self.arguments));
+        let function = Value::from_pairs([("name", Value::from(self.name.as_str())), ("arguments", arguments)]);
+        Value::from_pairs([
+            ("id", Value::from(self.id.as_str())),
+            ("type", Value::from("function")),
+            ("function", function),
+        ])
+    }
 }
 
 /// A compiled template.
@@ -35,6 +100,7 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     begin_text: String,
     end_text: String,
+    knows_tools: bool,
 }
 
 impl ChatTemplate {
@@ -58,6 +124,7 @@ impl ChatTemplate {
         });
         environment.add_function("strftime_now", |format: String| strftime(&format, unix_seconds()));
         let source = template.unwrap_or(FALLBACK).to_owned();
+        let knows_tools = tool_words::knows_tools(&source);
         environment
             .add_template_owned(NAME, source)
             .map_err(|error| TextError::Template {
@@ -67,20 +134,26 @@ impl ChatTemplate {
             environment,
             begin_text: begin_text.to_owned(),
             end_text: end_text.to_owned(),
+            knows_tools,
         })
     }
 
-    /// The prompt after which the assistant speaks. Encode it with [`super::Tokenizer::encode_bare`]: templates write
+    /// The prompt after which the assistant speaks. `tools` are JSON objects `{"type": "function", "function": {...}}`;
+    /// for a template that knows none they are put into words. Encode it with [`super::Tokenizer::encode_bare`]: templates write
     /// special tokens out.
     ///
     /// # Errors
     ///
     /// [`TextError::Render`] with what the template says, such as that roles must alternate.
-    pub fn render(&self, messages: &[Message]) -> Result<String, TextError> {
-        let turns: Vec<Value> = messages
-            .iter()
-            .map(|message| Value::from_pairs([("role", message.role.as_str()), ("content", message.content.as_str())]))
-            .collect();
+    pub fn render(&self, messages: &[Message], tools: &[Json]) -> Result<String, TextError> {
+        let turns: Vec<Value> = if self.knows_tools {
+            messages.iter().map(Message::value).collect()
+        } else {
+            let spoken = tool_words::in_words(messages, tools);
+            spoken.iter().map(Message::value).collect()
+        };
+        // As in transformers: none, and not undefined, where there are no tools.
+        let tools = (!tools.is_empty()).then(|| Value::from(Serde(tools)));
         let refused = |error: Error| TextError::Render {
             reason: describe(&error),
         };
@@ -88,6 +161,7 @@ impl ChatTemplate {
         let prompt = template
             .render(context! {
                 messages => turns,
+                tools => tools,
                 add_generation_prompt => true,
                 bos_token => self.begin_text.as_str(),
                 eos_token => self.end_text.as_str(),
@@ -183,7 +257,7 @@ mod tests {
     #[test]
     fn a_conversation_becomes_a_prompt() {
         let template = ChatTemplate::new(Some(CHATML), "", "<|im_end|>").unwrap();
-        let prompt = template.render(&[message("user", "Hi")]).unwrap();
+        let prompt = template.render(&[Message::new("user", "Hi")], &[]).unwrap();
         assert_eq!(
             prompt,
             "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -194,7 +268,7 @@ mod tests {
     fn a_model_without_a_template_is_asked_plainly() {
         let template = ChatTemplate::new(None, "", "").unwrap();
         let prompt = template
-            .render(&[message("user", "Hi"), message("assistant", "Hello")])
+            .render(&[Message::new("user", "Hi"), Message::new("assistant", "Hello")], &[])
             .unwrap();
         assert_eq!(prompt, "user: Hi\nassistant: Hello\nassistant:");
     }
@@ -203,8 +277,8 @@ mod tests {
     fn a_template_may_refuse() {
         let source = "{% if messages|length > 1 %}{{ raise_exception('one message at most') }}{% endif %}ok";
         let template = ChatTemplate::new(Some(source), "", "").unwrap();
-        assert_eq!(template.render(&[message("user", "Hi")]).unwrap(), "ok");
-        let refused = template.render(&[message("user", "Hi"), message("user", "Hi")]);
+        assert_eq!(template.render(&[Message::new("user", "Hi")], &[]).unwrap(), "ok");
+        let refused = template.render(&[Message::new("user", "Hi"), Message::new("user", "Hi")], &[]);
         assert!(matches!(refused, Err(TextError::Render { reason }) if reason.contains("one message at most")));
     }
 
@@ -212,7 +286,7 @@ mod tests {
     fn a_template_that_does_not_end_is_stopped() {
         let source = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}";
         let template = ChatTemplate::new(Some(source), "", "").unwrap();
-        assert!(matches!(template.render(&[]), Err(TextError::Render { .. })));
+        assert!(matches!(template.render(&[], &[]), Err(TextError::Render { .. })));
         assert!(matches!(
             ChatTemplate::new(Some("{% for %}"), "", ""),
             Err(TextError::Template { .. })
@@ -225,9 +299,9 @@ mod tests {
             {% if messages[0].role.startswith('us') %}yes{% endif %}|{% for k, v in messages[0].items() %}{{ k }};{% endfor %}|\
             {{ messages[0].get('tool', 'none') }}|{{ messages[0]|tojson }}|{{ messages[0].content.replace('a', 'c') }}";
         let template = ChatTemplate::new(Some(source), "", "").unwrap();
-        let prompt = template.render(&[message("user", " a b \"")]).unwrap();
+        let prompt = template.render(&[Message::new("user", " a b \"")], &[]).unwrap();
         let expected = " A B \"".trim().to_owned()
-            + "|\"|yes|content;role;|none|{\"content\": \" a b \\\"\", \"role\": \"user\"}| c b \"";
+            + "|\"|yes|role;content;|none|{\"role\": \"user\", \"content\": \" a b \\\"\"}| c b \"";
         assert_eq!(prompt, expected);
     }
 
@@ -238,10 +312,63 @@ mod tests {
         assert_eq!(strftime("%d %B %y %%", 1_709_251_200), "01 March 24 %%");
     }
 
-    fn message(role: &str, content: &str) -> Message {
-        Message {
-            role: role.to_owned(),
-            content: content.to_owned(),
-        }
+    /// As in the templates of Qwen, Hermes and SmolLM3: tools before the question, calls and answers in tags.
+    #[test]
+    fn tools_calls_and_their_answers_are_written_by_the_template() {
+        let source = "{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}</tools>{% endif %}\
+            {% for message in messages %}<{{ message.role }}>{% if message.content %}{{ message.content }}{% endif %}\
+            {% if message.tool_calls %}{% for call in message.tool_calls %}{% set call = call.function %}\
+            <tool_call>{\"name\": \"{{ call.name }}\", \"arguments\": {{ call.arguments | tojson }}}</tool_call>\
+            {% endfor %}{% endif %}{% if message.tool_call_id is defined %} of {{ message.tool_call_id }}{% endif %}{% endfor %}\
+            {% if tools is none %}no tools{% endif %}";
+        let template = ChatTemplate::new(Some(source), "", "").unwrap();
+        let tool: Json = serde_json::from_str(
+            r#"{"type": "function", "function": {"name": "tide", "description": "High water", "parameters":
+            {"type": "object", "properties": {"town": {"type": "string"}, "day": {"type": "integer"}}}}}"#,
+        )
+        .unwrap();
+        let mut called = Message::new("assistant", "");
+        called.tool_calls.push(ToolCall {
+            id: "call_1".to_owned(),
+            name: "tide".to_owned(),
+            arguments: serde_json::json!({ "town": "Delfzijl", "day": 3 }),
+        });
+        let mut answer = Message::new("tool", "14:05");
+        answer.tool_call_id = Some("call_1".to_owned());
+        let prompt = template
+            .render(&[Message::new("user", "When?"), called, answer], &[tool])
+            .unwrap();
+        assert_eq!(
+            prompt,
+            "<tools>{\"type\": \"function\", \"function\": {\"name\": \"tide\", \"description\": \"High water\", \
+             \"parameters\": {\"type\": \"object\", \"properties\": {\"town\": {\"type\": \"string\"}, \"day\": {\"type\": \
+             \"integer\"}}}}}\n</tools><user>When?<assistant><tool_call>{\"name\": \"tide\", \"arguments\": {\"town\": \
+             \"Delfzijl\", \"day\": 3}}</tool_call><tool>14:05 of call_1"
+        );
+        let prompt = template.render(&[Message::new("user", "When?")], &[]).unwrap();
+        assert_eq!(prompt, "<user>When?no tools");
+    }
+
+    #[test]
+    fn a_template_without_tools_is_told_of_them_in_words() {
+        let template = ChatTemplate::new(Some(CHATML), "", "").unwrap();
+        let mut called = Message::new("assistant", "");
+        called.tool_calls.push(ToolCall {
+            id: "1".to_owned(),
+            name: "tide".to_owned(),
+            arguments: serde_json::json!({ "town": "Delfzijl" }),
+        });
+        let turns = [Message::new("user", "When?"), called, Message::new("tool", "14:05")];
+        let tool = serde_json::json!({ "type": "function", "function": { "name": "tide" } });
+        let prompt = template.render(&turns, std::slice::from_ref(&tool)).unwrap();
+        assert!(
+            prompt.starts_with("<|im_start|>system\nYou can call these tools"),
+            "{prompt}"
+        );
+        assert!(prompt.contains(&format!("<tools>\n{tool}\n</tools>")), "{prompt}");
+        let rest = "<|im_start|>user\nWhen?<|im_end|>\n<|im_start|>assistant\n<tool_call>{\"name\":\"tide\",\"arguments\":\
+                    {\"town\":\"Delfzijl\"}}</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>14:05</tool_response>\
+                    <|im_end|>\n<|im_start|>assistant\n";
+        assert!(prompt.ends_with(rest), "{prompt}");
     }
 }

@@ -11,9 +11,10 @@ mod stream;
 mod tekken;
 mod template_methods;
 mod tokenizer;
+mod tool_words;
 mod vocabulary;
 
-pub use chat::{ChatTemplate, Message};
+pub use chat::{ChatTemplate, Message, ToolCall};
 pub use grammar::{GrammarState, GrammarTokens, TokenSet};
 pub use make::{BEGIN_TEXT, END_TEXT, byte_level_bpe, bytes};
 pub use sentencepiece::from_sentencepiece;

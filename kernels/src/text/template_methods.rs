@@ -1,10 +1,13 @@
 //! The methods of Python's texts and dictionaries that chat templates call.
 
-use minijinja::value::{ValueKind, from_args};
+use minijinja::value::{Kwargs, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
 
-/// Nesting of values that are written as JSON; conversations have three levels.
+/// Nesting of values that are written as JSON; conversations have three levels, descriptions of tools some ten.
 const JSON_DEPTH_MAX: usize = 32;
+
+/// The widest step of an indented JSON text.
+const INDENT_MAX: usize = 16;
 
 /// Calls a method that the template language does not have by itself.
 pub(super) fn call(state: &mut State<'_, '_>, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
@@ -105,49 +108,79 @@ fn split(text: &str, separator: Option<&str>, most: Option<i64>) -> Value {
     pieces.into_iter().map(Value::from).collect()
 }
 
-/// The filter `tojson`, in Python's spacing.
-pub(super) fn to_json(value: &Value) -> Result<String, Error> {
+/// The filter `tojson`, in the spacing of Python's `json.dumps`, with its `indent`.
+pub(super) fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    // Sorting and escapes are not offered: transformers leaves both off.
+    let _: (Option<bool>, Option<bool>) = (options.get("ensure_ascii")?, options.get("sort_keys")?);
+    options.assert_all_used()?;
+    if indent.is_some_and(|indent| indent > INDENT_MAX) {
+        return Err(Error::new(
+            ErrorKind::InvalidOperation,
+            "`indent` of `tojson` is too wide",
+        ));
+    }
     let mut text = String::new();
-    write_json(value, JSON_DEPTH_MAX, &mut text)?;
+    write_json(value, indent, 0, &mut text)?;
     Ok(text)
 }
 
-fn write_json(value: &Value, depth: usize, text: &mut String) -> Result<(), Error> {
-    let Some(depth) = depth.checked_sub(1) else {
+fn write_json(value: &Value, indent: Option<usize>, depth: usize, text: &mut String) -> Result<(), Error> {
+    if depth >= JSON_DEPTH_MAX {
         return Err(Error::new(
             ErrorKind::InvalidOperation,
             "value is nested too deeply for JSON",
         ));
-    };
+    }
     match value.kind() {
         ValueKind::Undefined | ValueKind::None => text.push_str("null"),
         ValueKind::Bool => text.push_str(if value.is_true() { "true" } else { "false" }),
         ValueKind::Number => text.push_str(&value.to_string()),
         ValueKind::Map => {
             text.push('{');
-            for (index, key) in value.try_iter()?.enumerate() {
-                if index > 0 {
-                    text.push_str(", ");
-                }
+            let mut items = 0;
+            for key in value.try_iter()? {
+                separate(indent, depth, items, text);
                 text.push_str(&quoted(&key.to_string()));
                 text.push_str(": ");
-                write_json(&value.get_item(&key)?, depth, text)?;
+                write_json(&value.get_item(&key)?, indent, depth + 1, text)?;
+                items += 1;
             }
-            text.push('}');
+            close(indent, depth, items, '}', text);
         }
         ValueKind::Seq | ValueKind::Iterable => {
             text.push('[');
-            for (index, item) in value.try_iter()?.enumerate() {
-                if index > 0 {
-                    text.push_str(", ");
-                }
-                write_json(&item, depth, text)?;
+            let mut items = 0;
+            for item in value.try_iter()? {
+                separate(indent, depth, items, text);
+                write_json(&item, indent, depth + 1, text)?;
+                items += 1;
             }
-            text.push(']');
+            close(indent, depth, items, ']', text);
         }
         _ => text.push_str(&quoted(&value.to_string())),
     }
     Ok(())
+}
+
+/// What stands before an item of a list or an object, of which `before` are written.
+fn separate(indent: Option<usize>, depth: usize, before: usize, text: &mut String) {
+    match indent {
+        None if before == 0 => {}
+        None => text.push_str(", "),
+        Some(indent) => {
+            text.push_str(if before == 0 { "\n" } else { ",\n" });
+            text.extend(std::iter::repeat_n(' ', indent * (depth + 1)));
+        }
+    }
+}
+
+fn close(indent: Option<usize>, depth: usize, items: usize, end: char, text: &mut String) {
+    if let (Some(indent), 1..) = (indent, items) {
+        text.push('\n');
+        text.extend(std::iter::repeat_n(' ', indent * depth));
+    }
+    text.push(end);
 }
 
 fn quoted(text: &str) -> String {

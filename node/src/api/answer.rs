@@ -11,6 +11,7 @@ use polder_protocol::hash::hex;
 use polder_protocol::route::Hop;
 use serde_json::{Map, Value, json};
 
+use super::calls::{Call, Calls};
 use super::failure::Failure;
 use super::log_probabilities::Tokens;
 use super::metrics::Metrics;
@@ -21,11 +22,13 @@ use crate::serve::{Event, GenerateRequest, Reason, ServeError, ServeHandle, Usag
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 /// The frame of an answer: what all its chunks have in common.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct Frame {
     id: String,
     created: u64,
     shape: Shape,
+    /// Looks for calls where tools were offered.
+    calls: Option<Calls>,
 }
 
 pub(super) async fn answer(
@@ -57,11 +60,12 @@ impl Frame {
         Self {
             id: format!("{prefix}-{}", hex(&number.to_le_bytes())),
             created: now.map_or(0, |since| since.as_secs()),
+            calls: (!shape.tools.is_empty()).then(|| Calls::of(shape.tools.clone())),
             shape,
         }
     }
 
-    async fn whole(self, events: impl Stream<Item = Result<Event, ServeError>>) -> Result<Json<Value>, Failure> {
+    async fn whole(mut self, events: impl Stream<Item = Result<Event, ServeError>>) -> Result<Json<Value>, Failure> {
         let mut events = std::pin::pin!(events);
         let mut all = String::new();
         let mut tokens = self.shape.log_probabilities.then(Tokens::default);
@@ -75,7 +79,7 @@ impl Frame {
                     if let Some(tokens) = &mut tokens {
                         tokens.push(chosen, alternatives);
                     }
-                    all.push_str(&text);
+                    all.push_str(&self.words(text));
                 }
                 Event::Done {
                     text,
@@ -83,13 +87,14 @@ impl Frame {
                     usage,
                     chain,
                 } => {
+                    let (text, calls) = self.rest(text);
                     all.push_str(&text);
                     let content = if self.shape.chat {
-                        ("message", json!({ "role": "assistant", "content": all }))
+                        ("message", message(all, &calls))
                     } else {
                         ("text", Value::from(all))
                     };
-                    let mut body = self.body(content, Some(reason), self.told(tokens));
+                    let mut body = self.body(content, Some(said(reason, &calls)), self.told(tokens));
                     body.insert("usage".to_owned(), usage_value(usage));
                     body.insert("polder".to_owned(), chain_value(&chain, usage));
                     return Ok(Json(Value::Object(body)));
@@ -101,7 +106,7 @@ impl Frame {
         }))
     }
 
-    fn stream(self, events: impl Stream<Item = Result<Event, ServeError>> + Send + 'static) -> impl IntoResponse {
+    fn stream(mut self, events: impl Stream<Item = Result<Event, ServeError>> + Send + 'static) -> impl IntoResponse {
         let opening = self.shape.chat.then(|| {
             let role = json!({ "role": "assistant", "content": "" });
             self.sent(self.body(("delta", role), None, Value::Null))
@@ -113,14 +118,17 @@ impl Frame {
     }
 
     /// What goes out for one event.
-    fn chunks(&self, event: Result<Event, ServeError>) -> Vec<Sent> {
+    fn chunks(&mut self, event: Result<Event, ServeError>) -> Vec<Sent> {
         match event {
-            Ok(Event::Token { text, .. }) if text.is_empty() && !self.shape.log_probabilities => Vec::new(),
             Ok(Event::Token {
                 text,
                 chosen,
                 alternatives,
             }) => {
+                let text = self.words(text);
+                if text.is_empty() && !self.shape.log_probabilities {
+                    return Vec::new();
+                }
                 let tokens = self.shape.log_probabilities.then(|| Tokens::one(chosen, alternatives));
                 vec![self.sent(self.body(self.piece(text), None, self.told(tokens)))]
             }
@@ -131,15 +139,22 @@ impl Frame {
                 chain,
             }) => {
                 let mut chunks = Vec::new();
+                let (text, calls) = self.rest(text);
                 if !text.is_empty() {
                     chunks.push(self.sent(self.body(self.piece(text), None, Value::Null)));
+                }
+                for (index, call) in calls.iter().enumerate() {
+                    let mut call = call.value();
+                    call["index"] = index.into();
+                    let delta = ("delta", json!({ "tool_calls": [call] }));
+                    chunks.push(self.sent(self.body(delta, None, Value::Null)));
                 }
                 let nothing = if self.shape.chat {
                     ("delta", json!({}))
                 } else {
                     ("text", Value::from(""))
                 };
-                let mut last = self.body(nothing, Some(reason), Value::Null);
+                let mut last = self.body(nothing, Some(said(reason, &calls)), Value::Null);
                 last.insert("polder".to_owned(), chain_value(&chain, usage));
                 chunks.push(self.sent(last));
                 if self.shape.include_usage {
@@ -152,6 +167,26 @@ impl Frame {
             }
             // The status has gone out, so the error is an event.
             Err(error) => vec![Sent::default().data(Failure::from(error).body().to_string())],
+        }
+    }
+
+    /// What of `text` can go out.
+    fn words(&mut self, text: String) -> String {
+        match &mut self.calls {
+            Some(calls) => calls.push(&text),
+            None => text,
+        }
+    }
+
+    /// What is left with the last `text`, and the calls.
+    fn rest(&mut self, text: String) -> (String, Vec<Call>) {
+        match &mut self.calls {
+            Some(calls) => {
+                let text = calls.push(&text);
+                let (rest, found) = calls.finish();
+                (text + &rest, found)
+            }
+            None => (text, Vec::new()),
         }
     }
 
@@ -171,11 +206,7 @@ impl Frame {
         }
     }
 
-    fn body(&self, (name, content): (&str, Value), reason: Option<Reason>, tokens: Value) -> Map<String, Value> {
-        let reason = reason.map(|reason| match reason {
-            Reason::Stop => "stop",
-            Reason::Length => "length",
-        });
+    fn body(&self, (name, content): (&str, Value), reason: Option<&str>, tokens: Value) -> Map<String, Value> {
         let mut body = self.head();
         let choice = json!({ "index": 0, name: content, "logprobs": tokens, "finish_reason": reason });
         body.insert("choices".to_owned(), json!([choice]));
@@ -199,6 +230,25 @@ impl Frame {
     fn sent(&self, body: Map<String, Value>) -> Sent {
         Sent::default().data(Value::Object(body).to_string())
     }
+}
+
+/// Why an answer ended, in OpenAI's words.
+fn said(reason: Reason, calls: &[Call]) -> &'static str {
+    match reason {
+        _ if !calls.is_empty() => "tool_calls",
+        Reason::Stop => "stop",
+        Reason::Length => "length",
+    }
+}
+
+/// A whole answer to a conversation.
+fn message(text: String, calls: &[Call]) -> Value {
+    if calls.is_empty() {
+        return json!({ "role": "assistant", "content": text });
+    }
+    let content = (!text.is_empty()).then_some(text);
+    let calls: Vec<Value> = calls.iter().map(Call::value).collect();
+    json!({ "role": "assistant", "content": content, "tool_calls": calls })
 }
 
 fn usage_value(usage: Usage) -> Value {

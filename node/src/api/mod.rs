@@ -2,12 +2,14 @@
 //! and `/metrics`.
 
 mod answer;
+mod calls;
 mod failure;
 mod log_probabilities;
 mod metrics;
 mod question;
 #[cfg(test)]
 mod tests;
+mod tools;
 
 use std::sync::Arc;
 use std::time::Duration;

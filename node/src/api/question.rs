@@ -9,7 +9,12 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::failure::Failure;
+<<<<<<< HEAD
 use crate::serve::{GenerateRequest, Owner, ServeHandle};
+=======
+use super::tools::{Called, Choice, Tools, name_answers};
+use crate::serve::{GenerateRequest, ServeHandle};
+>>>>>>> 0526b82 (Tell templates of tools, and find calls of them in answers)
 
 /// OpenAI allows four; more are harmless.
 const STOPS_MAX: usize = 16;
@@ -24,6 +29,8 @@ const TEXT_TOKENS_MAX: u32 = 16;
 #[derive(Debug, Deserialize)]
 pub(super) struct ChatQuestion {
     messages: Vec<ChatMessage>,
+    tools: Option<Vec<Value>>,
+    tool_choice: Option<Choice>,
     max_completion_tokens: Option<u32>,
     logprobs: Option<bool>,
     top_logprobs: Option<u8>,
@@ -92,7 +99,10 @@ struct Route {
 #[derive(Debug, Deserialize)]
 struct ChatMessage {
     role: String,
-    content: Content,
+    content: Option<Content>,
+    tool_calls: Option<Vec<Called>>,
+    tool_call_id: Option<String>,
+    name: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -138,6 +148,8 @@ pub(super) struct Shape {
     pub(super) include_usage: bool,
     pub(super) log_probabilities: bool,
     pub(super) model: String,
+    /// Tools whose calls are looked for in the answer.
+    pub(super) tools: Vec<String>,
 }
 
 impl ChatQuestion {
@@ -154,8 +166,28 @@ impl ChatQuestion {
             (false, None | Some(0)) => None,
             (false, Some(_)) => return Err(Failure::request("`top_logprobs` needs `logprobs`: true")),
         };
+<<<<<<< HEAD
         self.common
             .read(serve, key, Prompt::Chat(messages?), tokens_max, alternatives, true)
+=======
+        let mut messages = messages?;
+        name_answers(&mut messages);
+        let tools = Tools::read(self.tools, self.tool_choice)?;
+        let call = tools.grammar()?;
+        let prompt = Prompt::Chat {
+            messages,
+            tools: tools.written(),
+        };
+        let (mut request, mut shape) = self.common.read(serve, prompt, tokens_max, alternatives, true)?;
+        if call.is_some() && request.grammar.is_some() {
+            return Err(Failure::request(
+                "`response_format` and a `tool_choice` that forces a call exclude each other",
+            ));
+        }
+        request.grammar = request.grammar.or(call);
+        shape.tools = tools.names().map(str::to_owned).collect();
+        Ok((request, shape))
+>>>>>>> 0526b82 (Tell templates of tools, and find calls of them in answers)
     }
 }
 
@@ -179,9 +211,18 @@ impl TextQuestion {
 
 impl ChatMessage {
     fn read(self) -> Result<Message, Failure> {
+        let calls = self.tool_calls.unwrap_or_default();
         let content = match self.content {
-            Content::Text(text) => text,
-            Content::Parts(parts) => {
+            // An assistant that only calls says nothing.
+            None if !calls.is_empty() => String::new(),
+            None => {
+                return Err(Failure::request(format!(
+                    "a message of `{}` has no `content`",
+                    self.role
+                )));
+            }
+            Some(Content::Text(text)) => text,
+            Some(Content::Parts(parts)) => {
                 let mut all = String::new();
                 for part in parts {
                     let (true, Some(text)) = (part.kind == "text", part.text) else {
@@ -198,6 +239,9 @@ impl ChatMessage {
         Ok(Message {
             role: self.role,
             content,
+            tool_calls: calls.into_iter().map(Called::read).collect::<Result<_, _>>()?,
+            tool_call_id: self.tool_call_id,
+            name: self.name,
         })
     }
 }
@@ -279,6 +323,7 @@ impl Common {
                 .unwrap_or(false),
             log_probabilities: alternatives.is_some(),
             model: model.map(|(_, epoch, _)| epoch.name.clone()).unwrap_or_default(),
+            tools: Vec::new(),
         };
         Ok((request, shape))
     }

@@ -90,6 +90,24 @@ async fn what_is_wrong_is_said_in_the_shape_that_clients_read() {
             "logprobs",
         ),
         ("/v1/chat/completions", json!({ "messages": [] }), 400, "messages"),
+        (
+            "/v1/chat/completions",
+            json!({ "messages": [{ "role": "assistant" }] }),
+            400,
+            "no `content`",
+        ),
+        (
+            "/v1/chat/completions",
+            json!({ "messages": [{ "role": "user", "content": "x" }], "tools": [{ "type": "web" }] }),
+            400,
+            "`tools[0]`",
+        ),
+        (
+            "/v1/chat/completions",
+            json!({ "messages": [{ "role": "user", "content": "x" }], "tool_choice": "required" }),
+            400,
+            "tool_choice",
+        ),
         ("/v1/chat/completions", json!({ "messages": 3 }), 422, "messages"),
     ] {
         let (found, body) = post(&address, path, &question).await;

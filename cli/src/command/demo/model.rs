@@ -203,7 +203,7 @@ fn put(
                 seen(pieces);
             }
             Piece::Ended { polder: who, .. } => polder = who,
-            Piece::Usage(_) => {}
+            Piece::Calls(_) | Piece::Usage(_) => {}
         }
     }
     let tokens_per_second = pieces as f64 / began.elapsed().as_secs_f64();
