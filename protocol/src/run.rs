@@ -6,6 +6,7 @@ use alloc::vec::Vec;
 
 use serde::{Deserialize, Serialize};
 
+use crate::adapters::Adapters;
 use crate::hash::{BlobId, Digest, FederationId, NodeId, RunId, digest};
 use crate::layout::Layout;
 use crate::time::Span;
@@ -26,7 +27,7 @@ pub struct RunSpec {
     pub steward: NodeId,
     /// The Hugging Face `config.json` of the model, as text.
     pub config_json: String,
-    /// The parameters, per part.
+    /// The parameters that are trained, per part: the model's, or those of its adapters.
     pub layout: Layout,
     /// `tokenizer.json` bytes.
     pub tokenizer: BlobId,
@@ -50,6 +51,8 @@ pub struct RunSpec {
     pub evaluate_every_rounds: u64,
     /// How activations and their gradients cross between the stages of one replica.
     pub boundary: Boundary,
+    /// What is trained in place of a model that is frozen; `None` trains the model itself.
+    pub adapters: Option<Adapters>,
 }
 
 /// The inner optimiser, its schedule and its loss.
@@ -284,6 +287,11 @@ pub struct HeldOut {
 }
 
 impl RunSpec {
+    /// The parameters of the model that comes of the run, per part.
+    pub fn model(&self) -> &Layout {
+        self.adapters.as_ref().map_or(&self.layout, |adapters| &adapters.model)
+    }
+
     /// The canonical bytes that are hashed and stored.
     pub fn to_bytes(&self) -> Vec<u8> {
         // A value of this type holds nothing that postcard cannot write.

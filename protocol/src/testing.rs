@@ -95,6 +95,7 @@ pub(crate) fn spec() -> RunSpec {
         evaluation: None,
         evaluate_every_rounds: 0,
         boundary: Boundary::F32,
+        adapters: None,
     }
 }
 

@@ -11,6 +11,7 @@ use alloc::vec::Vec;
 
 use serde::{Deserialize, Serialize};
 
+use crate::adapters::Adapters;
 use crate::layout::BlockRange;
 use crate::run::{Boundary, Inner};
 
@@ -128,6 +129,8 @@ pub enum Task {
         steps_total: u64,
         /// The optimiser's state as [`Task::TrainWrite`] wrote it; without it the optimiser begins afresh.
         optimiser_file: Option<String>,
+        /// The model under adapters; `part_files` then hold the adapters' parameters.
+        frozen: Option<Frozen>,
     },
     /// Replace the parameters of a training stage after an outer step; optimiser state stays. Answered with
     /// [`Answer::Done`].
@@ -338,6 +341,15 @@ pub struct ToolCall {
     pub name: String,
     /// A JSON object.
     pub arguments: String,
+}
+
+/// A model that is frozen while its adapters are trained.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Frozen {
+    /// The adapters.
+    pub adapters: Adapters,
+    /// One file of little-endian f32 parameters per part of the range.
+    pub part_files: Vec<String>,
 }
 
 /// How weights are kept.

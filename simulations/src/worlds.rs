@@ -235,5 +235,6 @@ fn spec(seed: u64, random: &mut Random) -> RunSpec {
         evaluation: random.chance(500_000).then(BlobId::default),
         evaluate_every_rounds: 1 + random.below(4),
         boundary: Boundary::F32,
+        adapters: None,
     }
 }

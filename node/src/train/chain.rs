@@ -21,7 +21,7 @@ use super::jobs::{JobError, Jobs, Training, millionths};
 use super::meeting::Opening;
 use super::moments::Moments;
 use super::world::{Link, TRAINING_STAGE};
-use super::{gradient, whole};
+use super::{adapted, gradient, whole};
 
 /// How long a stage waits for the next thing from a neighbour: several micro-batches of the slowest device.
 const NEIGHBOUR_PATIENCE: Duration = Duration::from_secs(120);
@@ -66,7 +66,9 @@ pub(super) async fn train(
     }
     let moments = training.moments(jobs, own.range);
     let remembered = moments.before(training.round.0);
-    desk.load(training.run, spec, own.range, starts, remembered).await?;
+    let frozen = adapted::frozen(jobs, training.run, spec, own.range).await?;
+    desk.load(training.run, spec, own.range, starts, (remembered, frozen))
+        .await?;
     let (before, after) = meet(jobs, training, stages, stage).await?;
     let mut line = Line {
         spec,

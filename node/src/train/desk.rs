@@ -7,7 +7,7 @@ use bytes::Bytes;
 use polder_protocol::hash::{BlobId, RunId};
 use polder_protocol::layout::BlockRange;
 use polder_protocol::run::RunSpec;
-use polder_protocol::work::{Answer, Task};
+use polder_protocol::work::{Answer, Frozen, Task};
 use tracing::warn;
 
 use super::jobs::JobError;
@@ -25,14 +25,14 @@ impl Desk {
     }
 
     /// Loads the stage, or gives the one that is loaded the parameters in `part_files`. A stage that is loaded takes up what
-    /// its optimiser remembers in the file `remembered`.
+    /// its optimiser remembers in the file `remembered`, over a model that is `frozen`.
     pub(super) async fn load(
         &mut self,
         run: RunId,
         spec: &RunSpec,
         range: BlockRange,
         part_files: Vec<String>,
-        remembered: Option<PathBuf>,
+        (remembered, frozen): (Option<PathBuf>, Option<Frozen>),
     ) -> Result<(), JobError> {
         if self.stage == Some((self.compute.life(), run, range)) {
             let task = Task::TrainSet {
@@ -50,6 +50,7 @@ impl Desk {
             inner,
             steps_total: spec.rounds.saturating_mul(u64::from(inner.steps)),
             optimiser_file,
+            frozen: frozen.clone(),
         };
         self.stage = None;
         let loaded = |answer, _| match answer {

@@ -23,7 +23,7 @@ use super::meeting::Meeting;
 use super::moments::Moments;
 use super::status::Board;
 use super::world::{Blobs, Compute, Network, SCORING_STAGE};
-use super::{chain, whole};
+use super::{adapted, chain, whole};
 
 /// Blobs fetched at once by one job: enough to fill a link, few enough to share it.
 const FETCHES_AT_ONCE: usize = 8;
@@ -136,7 +136,7 @@ impl Jobs {
     }
 
     /// Who has what the run's facts name: the steward, and whoever trains.
-    fn sources(&self, run: RunId, spec: &RunSpec) -> Vec<NodeId> {
+    pub(super) fn sources(&self, run: RunId, spec: &RunSpec) -> Vec<NodeId> {
         let known = self.board.newest_state(run).map(|(_, _, sources)| sources);
         known.unwrap_or_else(|| vec![spec.steward])
     }
@@ -168,7 +168,7 @@ impl Jobs {
         self.file(blob)
     }
 
-    async fn fetch_all(
+    pub(super) async fn fetch_all(
         &self,
         run: RunId,
         blobs: Vec<(BlobId, u64)>,
@@ -282,14 +282,16 @@ impl Jobs {
         let texts = self.texts(spec).unwrap_or_default();
         self.texts_loaded.load((spec.tokenizer, &tokenizer), texts).await?;
         let compute = self.compute.as_ref();
+        let range = BlockRange::whole(spec.layout.blocks());
         let load = Task::TrainLoad {
             stage: SCORING_STAGE,
             config_json: spec.config_json.clone(),
-            range: BlockRange::whole(spec.layout.blocks()),
+            range,
             part_files,
             inner: spec.inner,
             steps_total: 1,
             optimiser_file: None,
+            frozen: adapted::frozen(self, run, spec, range).await?,
         };
         order(compute, load, Bytes::new(), |answer, _| match answer {
             Answer::Loaded { .. } => Ok(()),

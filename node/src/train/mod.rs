@@ -8,6 +8,7 @@
 //! world    what all this needs of the network, the store and the device; real: these, as the daemon has them
 //! ```
 
+mod adapted;
 mod baselines;
 mod chain;
 mod datasets;
@@ -94,6 +95,8 @@ pub struct NewRun {
     pub spec: RunSpec,
     /// The initial parameters: one file of little-endian f32 per part.
     pub initial_files: Vec<PathBuf>,
+    /// The frozen model under adapters, likewise; empty without adapters.
+    pub base_files: Vec<PathBuf>,
     /// `tokenizer.json`.
     pub tokenizer_file: PathBuf,
     /// Held-out texts with their baselines.
@@ -192,27 +195,13 @@ impl TrainHandle {
             return Err(TrainError::Taken { name: spec.name });
         }
         check_name(&spec.name)?;
-        if new.initial_files.len() != spec.layout.parts.len() {
-            return Err(TrainError::Spec {
-                reason: format!(
-                    "{} files for {} parts",
-                    new.initial_files.len(),
-                    spec.layout.parts.len()
-                ),
-            });
-        }
         spec.federation = self.config.federation;
         spec.steward = self.me;
         // The run's id is not known before its blobs are.
         let holder = RunId::default();
-        spec.initial.clear();
-        for (layout, path) in spec.layout.parts.iter().zip(&new.initial_files) {
-            let bytes = read(path)?;
-            if polder_protocol::aggregate::PartState::from_bytes(layout, &bytes).is_err() {
-                let reason = format!("{} does not hold its part's parameters", path.display());
-                return Err(TrainError::Spec { reason });
-            }
-            spec.initial.push(self.put(holder, bytes).await?);
+        spec.initial = self.put_parts(&spec.layout, &new.initial_files).await?;
+        if let Some(adapters) = &mut spec.adapters {
+            adapters.base = self.put_parts(&adapters.model, &new.base_files).await?;
         }
         spec.tokenizer = self.put(holder, read(&new.tokenizer_file)?).await?;
         spec.evaluation = match &new.evaluation {
@@ -229,7 +218,9 @@ impl TrainHandle {
         let written = durable::write(&path, &spec.to_bytes());
         written.map_err(|source| TrainError::File { path, source })?;
         let run = spec.id();
+        let base = spec.adapters.iter().flat_map(|adapters| &adapters.base);
         let own = spec.initial.iter().chain([&spec.tokenizer]).chain(&spec.evaluation);
+        let own = own.chain(base);
         for blob in own {
             self.jobs.blobs.keep(run, *blob);
         }
@@ -355,12 +346,30 @@ impl TrainHandle {
     /// [`TrainError`] where the state cannot be had or the folder cannot be written.
     pub async fn export(&self, name: &str, folder: &Path) -> Result<(), TrainError> {
         let run = self.find(name)?;
-        let (spec, states) = self.newest_state(run).await?;
+        let (spec, states) = self.newest_model(run).await?;
         let tokenizer = self.jobs.tokenizer(run, &spec).await.map_err(blob_error)?;
         let folder = folder.to_owned();
         let written = tokio::task::spawn_blocking(move || {
-            export::write_folder(&folder, &spec.config_json, &tokenizer, &spec.layout, &states)
+            export::write_folder(&folder, &spec.config_json, &tokenizer, spec.model(), &states)
         });
+        Ok(written.await.map_err(|_| TrainError::Stopped)??)
+    }
+
+    /// Writes the newest adapters of a run into `folder` as Hugging Face's PEFT reads them.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError`] where the run trains no adapters, the state cannot be had or the folder cannot be written.
+    pub async fn export_adapter(&self, name: &str, folder: &Path) -> Result<(), TrainError> {
+        let run = self.find(name)?;
+        let (spec, states) = self.newest_state(run).await?;
+        let Some(adapters) = spec.adapters else {
+            let reason = format!("run `{name}` trains a whole model and no adapters");
+            return Err(TrainError::Spec { reason });
+        };
+        let folder = folder.to_owned();
+        let written =
+            tokio::task::spawn_blocking(move || adapted::write_adapter(&folder, &adapters, &spec.layout, &states));
         Ok(written.await.map_err(|_| TrainError::Stopped)??)
     }
 
@@ -432,6 +441,36 @@ impl TrainHandle {
     async fn put(&self, run: RunId, bytes: Vec<u8>) -> Result<polder_protocol::hash::BlobId, TrainError> {
         let put = self.jobs.blobs.put(run, bytes).await;
         put.map_err(|reason| TrainError::Blob { reason })
+    }
+
+    /// Keeps parameters, one file per part of a layout, as blobs.
+    async fn put_parts(
+        &self,
+        layout: &polder_protocol::layout::Layout,
+        files: &[PathBuf],
+    ) -> Result<Vec<polder_protocol::hash::BlobId>, TrainError> {
+        if files.len() != layout.parts.len() {
+            let reason = format!("{} files for {} parts", files.len(), layout.parts.len());
+            return Err(TrainError::Spec { reason });
+        }
+        let mut blobs = Vec::with_capacity(files.len());
+        for (layout, path) in layout.parts.iter().zip(files) {
+            let bytes = read(path)?;
+            if polder_protocol::aggregate::PartState::from_bytes(layout, &bytes).is_err() {
+                let reason = format!("{} does not hold its part's parameters", path.display());
+                return Err(TrainError::Spec { reason });
+            }
+            // The run's id is not known before its blobs are.
+            blobs.push(self.put(RunId::default(), bytes).await?);
+        }
+        Ok(blobs)
+    }
+
+    /// One state file per part of [`RunSpec::model`], with adapters merged into it.
+    async fn newest_model(&self, run: RunId) -> Result<(RunSpec, Vec<PathBuf>), TrainError> {
+        let (spec, states) = self.newest_state(run).await?;
+        let merged = adapted::merged(&self.jobs, run, &spec, states).await;
+        Ok((spec, merged.map_err(blob_error)?))
     }
 
     async fn newest_state(&self, run: RunId) -> Result<(RunSpec, Vec<PathBuf>), TrainError> {

@@ -18,16 +18,16 @@ impl TrainHandle {
     pub async fn publish(&self, run_name: &str, name: &str, parent: Option<EpochId>) -> Result<Epoch, TrainError> {
         let run = self.find(run_name)?;
         let status = self.status_of(run_name)?;
-        let (spec, states) = self.newest_state(run).await?;
+        let (spec, states) = self.newest_model(run).await?;
         self.jobs.tokenizer(run, &spec).await.map_err(super::blob_error)?;
         let work = self.jobs.folder(run).join("work");
         let (mut parts, mut part_bytes) = (Vec::new(), Vec::new());
         let config: Value = serde_json::from_str(&spec.config_json).unwrap_or_default();
         let head = states.len().saturating_sub(1);
-        let mut copy = projection_of_tied(&config, &spec.layout).zip(states.first().cloned());
+        let mut copy = projection_of_tied(&config, spec.model()).zip(states.first().cloned());
         for (index, state) in states.into_iter().enumerate() {
             let path = work.join(format!("{index}.safetensors"));
-            let layout = spec.layout.parts.get(index).cloned().unwrap_or_default();
+            let layout = spec.model().parts.get(index).cloned().unwrap_or_default();
             let copy = if index == head { copy.take() } else { None };
             let written = tokio::task::spawn_blocking(move || {
                 let mut sources = vec![(&layout, state.as_path())];

@@ -75,6 +75,9 @@ async fn verb(
 #[serde(deny_unknown_fields)]
 struct Export {
     folder: PathBuf,
+    /// The adapters alone.
+    #[serde(default)]
+    adapter: bool,
 }
 
 async fn export(
@@ -82,7 +85,11 @@ async fn export(
     Path(name): Path<String>,
     Json(export): Json<Export>,
 ) -> Result<Json<Value>, TrainError> {
-    train.export(&name, &export.folder).await?;
+    if export.adapter {
+        train.export_adapter(&name, &export.folder).await?;
+    } else {
+        train.export(&name, &export.folder).await?;
+    }
     Ok(Json(json!({ "folder": export.folder })))
 }
 

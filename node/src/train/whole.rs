@@ -9,10 +9,10 @@ use polder_protocol::work::{Answer, Task};
 use tracing::warn;
 
 use super::desk::{done, utf8};
-use super::gradient;
 use super::jobs::{JobError, Jobs, Training, millionths};
 use super::moments::Moments;
 use super::world::TRAINING_STAGE;
+use super::{adapted, gradient};
 
 /// How long one order may keep the device, so that a person sees progress and an owner who returns waits little.
 const SLICE: Duration = Duration::from_secs(1);
@@ -31,7 +31,9 @@ pub(super) async fn train(jobs: &Jobs, training: &Training, range: BlockRange) -
     jobs.texts_loaded.load((spec.tokenizer, &tokenizer), texts).await?;
     let moments = training.moments(jobs, range);
     let remembered = moments.before(training.round.0);
-    desk.load(training.run, spec, range, starts, remembered).await?;
+    let frozen = adapted::frozen(jobs, training.run, spec, range).await?;
+    desk.load(training.run, spec, range, starts, (remembered, frozen))
+        .await?;
     let (mut losses, mut tokens) = (Vec::new(), 0u64);
     let mut slice = 1;
     while let Some(left) = left(spec.inner.steps, losses.len()) {

@@ -9,7 +9,7 @@ use polder_kernels::stage::{Input, Output, ServeStage, StageError, Step, Want};
 use polder_kernels::text::Tokenizer;
 use polder_kernels::train::{TrainData, TrainError, TrainInput, TrainOutput, TrainStage};
 use polder_protocol::run::Boundary;
-use polder_protocol::work::{Answer, Order, Sampling, StageId, Task, Written};
+use polder_protocol::work::{Answer, Frozen, Order, Sampling, StageId, Task, Written};
 use tracing::{error, info, warn};
 
 use crate::batch::together;
@@ -392,9 +392,20 @@ impl Compute {
                 inner,
                 steps_total,
                 optimiser_file,
+                frozen,
             } => {
                 self.training.remove(&stage);
-                let mut loaded = TrainStage::load(&config_json, range, &part_files, inner, steps_total, &self.device)?;
+                let set = (inner, steps_total);
+                let mut loaded = match &frozen {
+                    Some(Frozen {
+                        adapters,
+                        part_files: model_files,
+                    }) => {
+                        let model = (adapters, model_files.as_slice());
+                        TrainStage::load_adapted(&config_json, range, model, &part_files, set, &self.device)?
+                    }
+                    None => TrainStage::load(&config_json, range, &part_files, inner, steps_total, &self.device)?,
+                };
                 if let Some(file) = optimiser_file {
                     loaded.read_optimiser(file)?;
                 }

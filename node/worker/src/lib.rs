@@ -23,7 +23,8 @@ pub use host::{Engine, HostError, host};
 pub use options::{Options, OptionsError};
 pub use polder_kernels::device::{Choice, UnknownDevice};
 pub use polder_kernels::text::{byte_level_bpe, bytes as byte_tokenizer};
-pub use polder_kernels::train::initial_parameters;
+pub use polder_kernels::train::{initial_adapters, initial_parameters};
+pub use polder_kernels::weights::folder_parameters;
 
 /// Serves orders on standard input and output until the input ends.
 ///

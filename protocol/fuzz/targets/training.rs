@@ -73,6 +73,7 @@ pub(crate) fn spec() -> RunSpec {
         evaluation: None,
         evaluate_every_rounds: 2,
         boundary: Boundary::F32,
+        adapters: None,
     }
 }
 

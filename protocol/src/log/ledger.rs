@@ -549,6 +549,13 @@ pub(crate) fn parts_of(blobs: &[BlobId], range: BlockRange, blocks: u32) -> Vec<
         .collect()
 }
 
+/// Whether what is trained are the adapters, where there are any.
+fn adapters_fit(spec: &RunSpec) -> bool {
+    spec.adapters
+        .as_ref()
+        .is_none_or(|adapters| adapters.layout().as_ref() == Ok(&spec.layout) && adapters.check_base().is_ok())
+}
+
 fn check_spec(spec: &RunSpec) -> Result<(), RuleError> {
     let parts = spec.layout.parts.len();
     let closing = &spec.closing;
@@ -562,6 +569,7 @@ fn check_spec(spec: &RunSpec) -> Result<(), RuleError> {
         (spec.rounds >= 1, "no rounds"),
         (tokens_max(spec) >= 1, "a round without tokens"),
         (closing.quorum >= 1, "a quorum of nobody"),
+        (adapters_fit(spec), "adapters that do not fit their model"),
         (closing.late_rounds_max <= LATE_ROUNDS_MAX, "too many late rounds"),
     ];
     match rules.into_iter().find(|(kept, _)| !kept) {

@@ -398,6 +398,7 @@ impl Run {
         self.retained = Some(newest);
         let mut blobs = BTreeSet::new();
         blobs.extend(ledger.state().1);
+        blobs.extend(ledger.spec().adapters.iter().flat_map(|adapters| &adapters.base));
         let closed: Vec<_> = ledger.recent().collect();
         // Whoever is a round behind still steps from the state before.
         blobs.extend(closed.iter().rev().take(2).flat_map(|record| &record.base));

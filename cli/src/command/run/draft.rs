@@ -4,13 +4,15 @@ use std::fs;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use polder_node::train::{NewRun, compressor_bits_per_byte, order_0_bits_per_byte};
+use polder_protocol::adapters::Adapters;
 use polder_protocol::hash::{BlobId, FederationId, NodeId};
+use polder_protocol::layout::Layout;
 use polder_protocol::run::{Evaluation, HeldOut, RunSpec, SPEC_VERSION};
 use serde_json::{Value, json};
 
-use super::file::{EvaluationTable, RunFile};
+use super::file::{AdaptersTable, EvaluationTable, Model, RunFile};
 
 /// Names under which tokenizers keep the token that ends a text.
 const END_TOKENS: [&str; 7] = [
@@ -23,29 +25,45 @@ const END_TOKENS: [&str; 7] = [
     "<|eot_id|>",
 ];
 
+/// What a run trains, and on what.
+struct Start {
+    config_json: String,
+    layout: Layout,
+    initial_files: Vec<PathBuf>,
+    adapters: Option<Adapters>,
+    base_files: Vec<PathBuf>,
+}
+
 /// Makes the run; its files lie in `folder`.
 pub(crate) fn draft(file: &RunFile, folder: &Path) -> anyhow::Result<NewRun> {
     let tokenizer_file = folder.join("tokenizer.json");
-    let bytes = match file.model.tokenizer.as_str() {
-        "bytes" => polder_worker::byte_tokenizer(),
-        path => fs::read(path).with_context(|| format!("cannot read the tokenizer {path}"))?,
-    };
-    let tokenizer =
-        serde_json::from_slice(&bytes).with_context(|| format!("{} is no tokenizer.json", file.model.tokenizer))?;
-    fs::write(&tokenizer_file, bytes)?;
-    let config_json = config_json(file, &tokenizer)?;
-    let (layout, parts) = polder_worker::initial_parameters(&config_json, file.seed)
-        .context("the model's dimensions do not fit together")?;
-    let mut initial_files = Vec::with_capacity(parts.len());
-    for (index, part) in parts.iter().enumerate() {
-        let path = folder.join(format!("{index}.f32"));
-        let mut out = BufWriter::new(fs::File::create(&path)?);
-        for value in part {
-            out.write_all(&value.to_le_bytes())?;
+    let start = match (&file.model, &file.adapters) {
+        (_, Some(table)) => {
+            let from = table.base.join("tokenizer.json");
+            fs::copy(&from, &tokenizer_file).with_context(|| format!("cannot read {}", from.display()))?;
+            over_base(table, file.seed, folder)?
         }
-        out.flush()?;
-        initial_files.push(path);
-    }
+        (Some(model), None) => {
+            let bytes = match model.tokenizer.as_str() {
+                "bytes" => polder_worker::byte_tokenizer(),
+                path => fs::read(path).with_context(|| format!("cannot read the tokenizer {path}"))?,
+            };
+            let tokenizer =
+                serde_json::from_slice(&bytes).with_context(|| format!("{} is no tokenizer.json", model.tokenizer))?;
+            fs::write(&tokenizer_file, bytes)?;
+            let config_json = config_json(file, model, &tokenizer)?;
+            let (layout, parts) = polder_worker::initial_parameters(&config_json, file.seed)
+                .context("the model's dimensions do not fit together")?;
+            Start {
+                initial_files: write_parts(folder, "initial", &parts)?,
+                config_json,
+                layout,
+                adapters: None,
+                base_files: Vec::new(),
+            }
+        }
+        (None, None) => bail!("[model] is missing"),
+    };
     let evaluation = file.evaluation.as_ref().map(evaluation).transpose()?;
     Ok(NewRun {
         spec: RunSpec {
@@ -57,8 +75,8 @@ pub(crate) fn draft(file: &RunFile, folder: &Path) -> anyhow::Result<NewRun> {
             tokenizer: BlobId::default(),
             initial: Vec::new(),
             evaluation: None,
-            config_json,
-            layout,
+            config_json: start.config_json,
+            layout: start.layout,
             rounds: file.rounds,
             inner: file.inner()?,
             outer: file.outer()?,
@@ -67,16 +85,56 @@ pub(crate) fn draft(file: &RunFile, folder: &Path) -> anyhow::Result<NewRun> {
             seed: file.seed,
             evaluate_every_rounds: file.evaluation.as_ref().map_or(1, |table| table.every_rounds.max(1)),
             boundary: file.boundary()?,
+            adapters: start.adapters,
         },
-        initial_files,
+        initial_files: start.initial_files,
+        base_files: start.base_files,
         tokenizer_file,
         evaluation,
     })
 }
 
+/// Adapters over the model of a folder.
+fn over_base(table: &AdaptersTable, seed: u64, folder: &Path) -> anyhow::Result<Start> {
+    let base = table.base.display();
+    let (config_json, model, parameters) =
+        polder_worker::folder_parameters(&table.base).with_context(|| format!("cannot read the model in {base}"))?;
+    let has = polder_protocol::adapters::projections(&model).join(", ");
+    let adapters = Adapters {
+        rank: table.rank,
+        alpha: table.alpha.unwrap_or(2.0 * table.rank as f32),
+        targets: table.targets.clone(),
+        model,
+        base: Vec::new(),
+    };
+    let (layout, parts) = polder_worker::initial_adapters(&adapters, seed)
+        .with_context(|| format!("[adapters] do not fit the model in {base}, whose projections are {has}"))?;
+    Ok(Start {
+        config_json,
+        layout,
+        initial_files: write_parts(folder, "initial", &parts)?,
+        base_files: write_parts(folder, "base", &parameters)?,
+        adapters: Some(adapters),
+    })
+}
+
+/// Writes parameters as one file of little-endian f32 per part.
+fn write_parts(folder: &Path, name: &str, parts: &[Vec<f32>]) -> anyhow::Result<Vec<PathBuf>> {
+    let mut files = Vec::with_capacity(parts.len());
+    for (index, part) in parts.iter().enumerate() {
+        let path = folder.join(format!("{name}-{index}.f32"));
+        let mut out = BufWriter::new(fs::File::create(&path)?);
+        for value in part {
+            out.write_all(&value.to_le_bytes())?;
+        }
+        out.flush()?;
+        files.push(path);
+    }
+    Ok(files)
+}
+
 /// The Hugging Face configuration of the run's Llama.
-fn config_json(file: &RunFile, tokenizer: &Value) -> anyhow::Result<String> {
-    let model = &file.model;
+fn config_json(file: &RunFile, model: &Model, tokenizer: &Value) -> anyhow::Result<String> {
     let seq = file.inner()?.seq;
     let intermediate = model
         .intermediate

@@ -25,8 +25,10 @@ pub(crate) struct RunFile {
     /// How activations cross between the stages of a chain: `f32`, `bf16` or `int8`.
     #[serde(default = "bf16")]
     boundary: String,
-    /// The model.
-    pub(crate) model: Model,
+    /// The model, where the run makes a new one.
+    pub(crate) model: Option<Model>,
+    /// Adapters for a model that there is, in place of `model`.
+    pub(crate) adapters: Option<AdaptersTable>,
     /// The steps between two exchanges.
     #[serde(default)]
     inner: InnerTable,
@@ -67,6 +69,22 @@ pub(crate) struct Model {
     /// Base of the rotary positions.
     #[serde(default = "ten_thousand")]
     pub(crate) rope_theta: f64,
+}
+
+/// Low-rank adapters.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct AdaptersTable {
+    /// The Hugging Face folder of the model, which stays as it is: `config.json`, safetensors, `tokenizer.json`.
+    pub(crate) base: PathBuf,
+    /// Rows of every A, columns of every B.
+    #[serde(default = "sixteen")]
+    pub(crate) rank: u32,
+    /// B · A counts alpha / rank times; twice the rank by default.
+    pub(crate) alpha: Option<f32>,
+    /// Projections, by the names that they have in the folder.
+    #[serde(default = "query_and_value")]
+    pub(crate) targets: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -269,12 +287,40 @@ fn bytes() -> String {
     "bytes".into()
 }
 
+const fn sixteen() -> u32 {
+    16
+}
+
+/// As in the paper.
+fn query_and_value() -> Vec<String> {
+    vec!["q_proj".into(), "v_proj".into()]
+}
+
 const fn ten_thousand() -> f64 {
     10_000.0
 }
 
 const fn one() -> u64 {
     1
+}
+
+impl Model {
+    fn check(&self) -> anyhow::Result<()> {
+        ensure!(
+            self.hidden > 0 && self.blocks > 0 && self.heads > 0,
+            "`hidden`, `blocks` and `heads` of [model] must be at least 1"
+        );
+        ensure!(
+            self.hidden.is_multiple_of(self.heads) && (self.hidden / self.heads).is_multiple_of(2),
+            "`hidden` must be an even multiple of `heads`"
+        );
+        let kv_heads = self.kv_heads.unwrap_or(self.heads);
+        ensure!(
+            kv_heads > 0 && self.heads.is_multiple_of(kv_heads),
+            "`heads` must be a multiple of `kv_heads`"
+        );
+        Ok(())
+    }
 }
 
 impl RunFile {
@@ -289,30 +335,25 @@ impl RunFile {
         if let Some(evaluation) = &mut file.evaluation {
             evaluation.folder = folder.join(&evaluation.folder);
         }
-        if file.model.tokenizer != "bytes" {
-            let joined = folder.join(&file.model.tokenizer);
-            file.model.tokenizer = joined.to_str().context("the tokenizer's path is no UTF-8")?.to_owned();
+        if let Some(model) = file.model.as_mut().filter(|model| model.tokenizer != "bytes") {
+            let joined = folder.join(&model.tokenizer);
+            model.tokenizer = joined.to_str().context("the tokenizer's path is no UTF-8")?.to_owned();
+        }
+        if let Some(adapters) = &mut file.adapters {
+            adapters.base = folder.join(&adapters.base);
         }
         Ok(file)
     }
 
     fn parse(text: &str) -> anyhow::Result<Self> {
         let file: Self = toml::from_str(text)?;
-        let model = &file.model;
         ensure!(file.rounds > 0, "`rounds` must be at least 1");
-        ensure!(
-            model.hidden > 0 && model.blocks > 0 && model.heads > 0,
-            "`hidden`, `blocks` and `heads` of [model] must be at least 1"
-        );
-        ensure!(
-            model.hidden.is_multiple_of(model.heads) && (model.hidden / model.heads).is_multiple_of(2),
-            "`hidden` must be an even multiple of `heads`"
-        );
-        let kv_heads = model.kv_heads.unwrap_or(model.heads);
-        ensure!(
-            kv_heads > 0 && model.heads.is_multiple_of(kv_heads),
-            "`heads` must be a multiple of `kv_heads`"
-        );
+        match (&file.model, &file.adapters) {
+            (Some(model), None) => model.check()?,
+            (None, Some(_)) => {}
+            (Some(_), Some(_)) => bail!("[model] makes a new model and [adapters] keeps one: give one of them"),
+            (None, None) => bail!("[model] is missing, or [adapters] for a model that there is"),
+        }
         file.inner()?;
         file.outer()?;
         file.closing()?;
@@ -512,6 +553,18 @@ mod tests {
     fn an_unknown_key_is_refused_by_name() {
         assert!(refused(&format!("{SMALL}head_dims = 3\n")).contains("head_dims"));
         assert!(refused(&format!("{SMALL}[outer]\ncodek = \"raw\"\n")).contains("codek"));
+    }
+
+    #[test]
+    fn adapters_stand_in_place_of_a_model() {
+        let small = "name = \"small\"\nrounds = 3\n";
+        let adapters = "[adapters]\nbase = \"folder\"\n";
+        let file = RunFile::parse(&format!("{small}{adapters}")).unwrap().adapters.unwrap();
+        assert_eq!((file.rank, file.alpha), (16, None));
+        assert_eq!(file.targets, ["q_proj", "v_proj"]);
+        assert!(refused(&format!("{SMALL}{adapters}")).contains("one of them"));
+        assert!(refused(small).contains("[model]"));
+        assert!(refused(&format!("{small}{adapters}rang = 3\n")).contains("rang"));
     }
 
     #[test]

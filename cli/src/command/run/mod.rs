@@ -75,6 +75,9 @@ enum Verb {
         /// The folder, which must be empty or not be there
         #[arg(long, value_name = "FOLDER")]
         to: PathBuf,
+        /// Write the adapters alone, as PEFT reads them, and not the model with them
+        #[arg(long)]
+        adapter: bool,
     },
 }
 
@@ -93,10 +96,10 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
         Verb::Status { name: Some(name) } => {
             context.show(&Shown(client.get::<RunStatus>(&format!("/train/runs/{name}"))?))
         }
-        Verb::Export { name, to } => {
+        Verb::Export { name, to, adapter } => {
             let folder = std::path::absolute(&to).with_context(|| format!("cannot use {}", to.display()))?;
             let path = format!("/train/runs/{name}/export");
-            context.show(&client.post::<Exported>(&path, &json!({ "folder": folder }))?)
+            context.show(&client.post::<Exported>(&path, &json!({ "folder": folder, "adapter": adapter }))?)
         }
     }
 }

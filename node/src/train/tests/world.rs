@@ -107,6 +107,7 @@ impl Hub {
             evaluation: None,
             evaluate_every_rounds: 1,
             boundary: Boundary::F32,
+            adapters: None,
         };
         Self {
             store,
@@ -189,6 +190,7 @@ impl Hub {
         spec.closing.quorum = 2;
         NewRun {
             initial_files: spec.initial.iter().map(|blob| self.store.file(*blob)).collect(),
+            base_files: vec![],
             tokenizer_file: self.store.file(spec.tokenizer),
             spec,
             evaluation: None,
