@@ -9,12 +9,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::failure::Failure;
-<<<<<<< HEAD
-use crate::serve::{GenerateRequest, Owner, ServeHandle};
-=======
 use super::tools::{Called, Choice, Tools, name_answers};
-use crate::serve::{GenerateRequest, ServeHandle};
->>>>>>> 0526b82 (Tell templates of tools, and find calls of them in answers)
+use crate::serve::{GenerateRequest, Owner, ServeHandle};
 
 /// OpenAI allows four; more are harmless.
 const STOPS_MAX: usize = 16;
@@ -166,10 +162,6 @@ impl ChatQuestion {
             (false, None | Some(0)) => None,
             (false, Some(_)) => return Err(Failure::request("`top_logprobs` needs `logprobs`: true")),
         };
-<<<<<<< HEAD
-        self.common
-            .read(serve, key, Prompt::Chat(messages?), tokens_max, alternatives, true)
-=======
         let mut messages = messages?;
         name_answers(&mut messages);
         let tools = Tools::read(self.tools, self.tool_choice)?;
@@ -178,7 +170,7 @@ impl ChatQuestion {
             messages,
             tools: tools.written(),
         };
-        let (mut request, mut shape) = self.common.read(serve, prompt, tokens_max, alternatives, true)?;
+        let (mut request, mut shape) = self.common.read(serve, key, prompt, tokens_max, alternatives, true)?;
         if call.is_some() && request.grammar.is_some() {
             return Err(Failure::request(
                 "`response_format` and a `tool_choice` that forces a call exclude each other",
@@ -187,7 +179,6 @@ impl ChatQuestion {
         request.grammar = request.grammar.or(call);
         shape.tools = tools.names().map(str::to_owned).collect();
         Ok((request, shape))
->>>>>>> 0526b82 (Tell templates of tools, and find calls of them in answers)
     }
 }
 

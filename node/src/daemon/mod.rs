@@ -33,7 +33,7 @@ pub use caps::{CapClock, CapWindow, Caps, CapsStatus};
 pub use config::{Config, ConfigError, member_at};
 pub use doctor::{Finding, Health};
 pub use local::LocalApi;
-pub use probe::{EchoReport, EchoRequest};
+pub use probe::{BulkReport, EchoReport, EchoRequest};
 pub use status::{
     DataPathStatus, DeviceStatus, FederationStatus, ModelStatus, PeerStatus, RefusalStatus, Status, TrafficStatus,
 };

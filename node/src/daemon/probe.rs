@@ -1,4 +1,5 @@
-//! How long a peer takes to send back what it is sent, and which way it went: for `polder bench net`.
+//! How long a peer takes to send back what it is sent, how much the link carries, and which way it went: for
+//! `polder bench net`.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,13 +14,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::Shared;
-use crate::data::{Class, DataError, Service};
+use crate::data::{Class, DataError, FrameReceiver, FrameSender, Service};
 
 /// What one echo carries at most, as the data plane allows.
 const BYTES_MAX: usize = 4 << 20;
 
 /// Echoes of one question.
 const COUNT_MAX: u32 = 10_000;
+
+/// Echoes beside a transfer leave it the link.
+const BETWEEN_ECHOES: Duration = Duration::from_millis(20);
 
 /// What all of it may take.
 const TIME_MAX: Duration = Duration::from_secs(60);
@@ -34,6 +38,9 @@ pub struct EchoRequest {
     pub bytes: usize,
     /// How many, after the first.
     pub count: u32,
+    /// Bytes of a transfer after that, with echoes beside it; 0 for none.
+    #[serde(default)]
+    pub bulk: u64,
 }
 
 /// What was measured.
@@ -47,6 +54,28 @@ pub struct EchoReport {
     pub first_micros: u64,
     /// Echoes after the first, in the order of their time.
     pub micros: Vec<u64>,
+    /// What the transfer showed, where one was asked for.
+    #[serde(default)]
+    pub bulk: Option<BulkReport>,
+}
+
+/// What a transfer showed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BulkReport {
+    /// Bytes that came, without headers.
+    pub bytes: u64,
+    /// From the first byte until the peer said that all are there.
+    pub micros: u64,
+    /// Packets sent.
+    pub sent_packets: u64,
+    /// Those of them that were lost, and sent again.
+    pub lost_packets: u64,
+    /// What may be under way, in bytes, at the end.
+    pub window_bytes: u64,
+    /// The round trip at the end, with whatever queue there is.
+    pub round_trip_micros: u64,
+    /// Echoes beside it, in the order of their time.
+    pub echo_micros: Vec<u64>,
 }
 
 pub(super) async fn echo(
@@ -106,12 +135,54 @@ async fn measure(shared: &Shared, peer: NodeId, wanted: &EchoRequest) -> Result<
         }
     }
     micros.sort_unstable();
+    let bulk = match wanted.bulk {
+        0 => None,
+        bytes => Some(pour(shared, peer, bytes, (&mut sender, &mut receiver), &payload).await?),
+    };
     let road = shared.data.road(peer, Class::Act).map_or("lost", |road| road.name());
     Ok(EchoReport {
         peer: peer.to_string(),
         road: road.to_owned(),
         first_micros: first.unwrap_or_default(),
         micros,
+        bulk,
+    })
+}
+
+/// A transfer, and echoes beside it until it ends.
+async fn pour(
+    shared: &Shared,
+    peer: NodeId,
+    bytes: u64,
+    (sender, receiver): (&mut FrameSender, &mut FrameReceiver),
+    payload: &Bytes,
+) -> Result<BulkReport, DataError> {
+    let mut echo_micros = Vec::new();
+    let echoes = async {
+        loop {
+            let sent = Instant::now();
+            sender.send(&[], payload.clone()).await?;
+            receiver.next().await?;
+            echo_micros.push(whole_micros(sent.elapsed()));
+            tokio::time::sleep(BETWEEN_ECHOES).await;
+        }
+    };
+    let poured = tokio::select! {
+        poured = shared.data.pour(peer, bytes) => poured?,
+        ended = echoes => {
+            let ended: Result<std::convert::Infallible, DataError> = ended;
+            match ended? {}
+        }
+    };
+    echo_micros.sort_unstable();
+    Ok(BulkReport {
+        bytes: poured.bytes,
+        micros: whole_micros(poured.time),
+        sent_packets: poured.sent_packets,
+        lost_packets: poured.lost_packets,
+        window_bytes: poured.window_bytes,
+        round_trip_micros: whole_micros(poured.round_trip),
+        echo_micros,
     })
 }
 

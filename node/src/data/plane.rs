@@ -28,6 +28,7 @@ use super::settings::{
     ADDRESS_STAGGER, ADDRESSES_MAX, Class, DataConfig, ECHO_BYTES_MAX, ECHOES_MAX, HANDSHAKES_MAX,
     HANDSHAKES_SHARE_MAX, HANDSHAKES_UNPROVEN_MAX, INCOMING_MAX, RECHECK_EVERY, Service, welcome,
 };
+use super::sink::Sinks;
 use super::tls::{self, Identity};
 use super::traffic::{Counter, PeerTraffic, Traffic};
 use crate::gate::{AddressBook, Admitted, Gate};
@@ -60,6 +61,7 @@ pub(super) struct Inner {
     pub(super) chunks_asked: AtomicU32,
     pub(super) uploads: Uploads,
     echoes: Semaphore,
+    pub(super) sinks: Sinks,
     pub(super) links: Links,
     traffic: Traffic,
     services: Mutex<BTreeMap<Service, mpsc::Sender<IncomingStream>>>,
@@ -183,6 +185,7 @@ impl DataPlane {
                 chunks_asked: AtomicU32::new(0),
                 uploads: Uploads::new(upload),
                 echoes: Semaphore::new(ECHOES_MAX),
+                sinks: Sinks::default(),
                 links: Links::default(),
                 traffic: Traffic::default(),
                 services: Mutex::default(),
@@ -677,6 +680,7 @@ impl DataPlane {
         let Some(taker) = taker else {
             match service {
                 Some(Service::Echo) => self.echo(sender, receiver).await,
+                Some(Service::Sink) => self.sink(sender, receiver).await,
                 Some(Service::Blob) => blobs::answer(self, link, &header, sender, receiver).await,
                 Some(Service::Session | Service::Replica) | None => {
                     receiver.stop(StreamEnd::NotServed);

@@ -32,6 +32,8 @@ pub enum Service {
     Blob = 3,
     /// Sends back every frame; answered by the data plane itself.
     Echo = 4,
+    /// Throws away what comes, and says how much it was; answered by the data plane itself.
+    Sink = 5,
 }
 
 impl Service {
@@ -41,6 +43,7 @@ impl Service {
             2 => Some(Self::Replica),
             3 => Some(Self::Blob),
             4 => Some(Self::Echo),
+            5 => Some(Self::Sink),
             _ => None,
         }
     }

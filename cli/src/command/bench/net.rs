@@ -1,4 +1,5 @@
-//! `polder bench net`: how long a member takes to send back what it is sent, and which way it goes.
+//! `polder bench net`: how long a member takes to send back what it is sent, how much the link carries, and which way
+//! it goes.
 
 use std::fmt;
 
@@ -21,25 +22,41 @@ pub(super) struct Arguments {
     /// Echoes after the first
     #[arg(long, value_name = "COUNT", default_value_t = 20)]
     count: u32,
+    /// Then send so much, such as 256MiB, for 20 s at most, with echoes beside it
+    #[arg(long, value_name = "SIZE")]
+    bulk: Option<ByteSize>,
 }
 
 /// Asks the node to measure, and prints the figures.
 pub(super) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()> {
-    let Arguments { peer, bytes, count } = arguments;
+    let Arguments {
+        peer,
+        bytes,
+        count,
+        bulk,
+    } = arguments;
+    let bulk = bulk.map_or(0, |size| size.0);
     let client = Client::open(context.home())?;
-    let report: EchoReport = client.post("/polder/v1/echo", &EchoRequest { peer, bytes, count })?;
-    let place = |percent: usize| {
-        report
-            .micros
-            .get(report.micros.len().saturating_sub(1) * percent / 100)
-            .copied()
-    };
+    let report: EchoReport = client.post(
+        "/polder/v1/echo",
+        &EchoRequest {
+            peer,
+            bytes,
+            count,
+            bulk,
+        },
+    )?;
     context.show(&Answer {
         bytes,
-        p50_micros: place(50),
-        p95_micros: place(95),
+        p50_micros: place(&report.micros, 50),
+        p95_micros: place(&report.micros, 95),
         report: &report,
     })
+}
+
+/// A percentile of sorted times.
+fn place(micros: &[u64], percent: usize) -> Option<u64> {
+    micros.get(micros.len().saturating_sub(1) * percent / 100).copied()
 }
 
 #[derive(Serialize)]
@@ -69,6 +86,25 @@ impl fmt::Display for Answer<'_> {
                 millis(p95),
                 self.report.micros.len()
             )?;
+        }
+        if let Some(bulk) = &self.report.bulk {
+            let seconds = bulk.micros.max(1) as f64 / 1e6;
+            writeln!(
+                f,
+                "bulk        {:.1} Mbit/s: {} in {seconds:.1} s, {:.2} % of {} packets lost",
+                bulk.bytes as f64 * 8e-6 / seconds,
+                ByteSize(bulk.bytes),
+                bulk.lost_packets as f64 / bulk.sent_packets.max(1) as f64 * 100.0,
+                bulk.sent_packets,
+            )?;
+            let window = ByteSize(bulk.window_bytes);
+            let round_trip = millis(bulk.round_trip_micros);
+            writeln!(f, "            window {window}, round trip {round_trip:.1} ms")?;
+            if let (Some(p50), Some(p95)) = (place(&bulk.echo_micros, 50), place(&bulk.echo_micros, 95)) {
+                let (p50, p95) = (millis(p50), millis(p95));
+                let count = bulk.echo_micros.len();
+                writeln!(f, "beside it   p50 {p50:.2} ms, p95 {p95:.2} ms over {count} echoes")?;
+            }
         }
         Ok(())
     }
