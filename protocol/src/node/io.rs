@@ -14,6 +14,10 @@ use crate::run::RunSpec;
 
 /// What happened.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "few live at once, and each is used up where it is made"
+)]
 pub enum Input {
     /// A message came. The transport vouches for `from`, that it may take part in this federation's runs, and that the
     /// institution which a [`RunMessage::Join`] names has certified it.

@@ -155,10 +155,12 @@ struct World {
     prompt: Vec<u32>,
     shared: u32,
     reused: u32,
-    // What the seats of an ended session had.
-    kept: BTreeMap<(NodeId, BlockRange), (Journal, Vec<[u8; 4]>)>,
+    kept: BTreeMap<(NodeId, BlockRange), Kept>,
     earliest: u32,
 }
+
+/// What a seat of an ended session had.
+type Kept = (Journal, Vec<[u8; 4]>);
 
 /// What came of one turn, and what comes of it without an earlier one.
 struct Turn {
