@@ -216,6 +216,67 @@ fn a_router_that_is_asked_opens_ports_until_the_node_stops() {
     }
 }
 
+/// Before there is a node: which ways lead to the gateway of an invite, and what to ask for where some do not.
+#[test]
+fn doctor_tells_before_joining_which_ways_lead_to_a_gateway() {
+    let Some(mut town) = Town::new(1) else { return };
+    let invite = support::invite(town.gateway(), "Leiden");
+    let gateway = format!("{WORLD}.{}", town.host("gateway-0").number);
+    let udp = format!("allow outgoing UDP from this machine to {gateway} ports 4001 and 4002");
+    let tcp = format!("allow outgoing TCP from this machine to {gateway} port 4001 or 443");
+    let sites = [
+        ("cone", Site::Cone, ["good", "good", "good", "good", "good"], None),
+        (
+            "no-udp",
+            Site::UdpBlocked,
+            ["good", "fair", "good", "good", "fair"],
+            Some(&udp),
+        ),
+        (
+            "proxy-only",
+            Site::ProxyOnly,
+            ["good", "fair", "fair", "good", "fair"],
+            Some(&udp),
+        ),
+        (
+            "walled-in",
+            Site::ProxyOnly,
+            ["bad", "bad", "bad", "bad", "fair"],
+            Some(&tcp),
+        ),
+    ];
+    for (name, site, expected, ask) in sites {
+        let host = town.lab.host(name, site);
+        let proxy = format!("192.168.{}.1:3128", host.number);
+        let mut settings = String::new();
+        if name == "proxy-only" {
+            town.lab.helper(&host, "proxy", (PROXY, &proxy));
+            settings = format!("proxy = \"http://{proxy}\"\n");
+        }
+        let node = Node::prepare_on(&host, town.root.path(), name, &settings);
+        let began = Instant::now();
+        let answer = node.verb(&["doctor", "--invite", &invite]);
+        println!("{name}, after {:.1} s:", began.elapsed().as_secs_f64());
+        let output = node.output(&["doctor", "--invite", &invite]);
+        println!("{}", String::from_utf8_lossy(&output.stdout));
+        let findings = answer["findings"].as_array().unwrap();
+        for (what, health) in ["gateway", "QUIC", "TCP", "WebSocket", "data"]
+            .into_iter()
+            .zip(expected)
+        {
+            let found = findings.iter().find(|finding| finding["what"] == what);
+            let found = found.unwrap_or_else(|| panic!("{name} says nothing of {what}: {answer}"));
+            assert_eq!(found["health"], health, "{name}: {found}");
+        }
+        let asks = |line: &String| {
+            let all = findings.iter().filter_map(|finding| finding["ask"].as_str());
+            all.into_iter().any(|ask| ask.contains(line.as_str()))
+        };
+        assert!(ask.is_none_or(asks), "{name}: {answer}");
+        assert_eq!(ask.is_some(), asks(&udp), "{name}: {answer}");
+    }
+}
+
 /// The campus's proxy: CONNECT to port 443 and nothing else. Not a test: the laboratory starts it in a router.
 #[test]
 #[ignore = "a helper of the other tests"]

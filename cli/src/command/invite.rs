@@ -78,15 +78,16 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
     })
 }
 
-/// Where to knock: what was named, else what the daemon last saw, else what the configuration says.
+/// Where to knock: what was named, else what the configuration says and what the daemon last saw.
 fn door(home: &Home, arguments: &Arguments) -> anyhow::Result<Door> {
     let seen = home.addresses()?;
     let config = Config::load(home.root())?;
     let pick = |named: &[String], seen: Vec<String>, configured: Vec<String>| {
-        let mut list = match (named.is_empty(), seen.is_empty()) {
-            (false, _) => named.to_vec(),
-            (true, false) => seen,
-            (true, true) => configured,
+        let mut list = if named.is_empty() {
+            let unconfigured = seen.into_iter().filter(|address| !configured.contains(address));
+            configured.iter().cloned().chain(unconfigured).collect()
+        } else {
+            named.to_vec()
         };
         list.truncate(DOOR_ADDRESSES_MAX);
         list

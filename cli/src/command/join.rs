@@ -59,7 +59,8 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
     runtime.block_on(serve(context, home, config, invite.as_ref()))
 }
 
-fn read_invite(text: &str) -> anyhow::Result<Invite> {
+/// Reads an invite, or a file that holds it.
+pub(super) fn read_invite(text: &str) -> anyhow::Result<Invite> {
     let line = if text.starts_with("polder1") {
         text.to_owned()
     } else {

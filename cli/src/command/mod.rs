@@ -49,8 +49,10 @@ pub(crate) enum Command {
     Resume,
     /// Show what the node does
     Status,
-    /// Say what works between this node and the others, and what to ask of whoever runs the network
-    Doctor,
+    /// Say what works between this machine and the others, and what to ask of whoever runs the network
+    ///
+    /// With a running node it tells of that; without one, of what a node would find here.
+    Doctor(doctor::Arguments),
     /// Show the members that this node has met, and how it reaches them
     Peers,
     /// Print a completion script for a shell
@@ -80,7 +82,7 @@ pub(crate) fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Pause => control::pause(context),
         Command::Resume => control::resume(context),
         Command::Status => status::run(context),
-        Command::Doctor => doctor::run(context),
+        Command::Doctor(arguments) => doctor::run(context, &arguments),
         Command::Peers => peers::run(context),
         Command::Completions(arguments) => completions::run(context, arguments),
         Command::Worker(_) => anyhow::bail!("the worker is started before there is a home"),

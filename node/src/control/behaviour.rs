@@ -4,14 +4,14 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Duration;
 
+use libp2p::core::muxing::StreamMuxerBox;
 use libp2p::core::upgrade::Version;
 use libp2p::identity::Keypair;
-use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
+use libp2p::swarm::{self, NetworkBehaviour};
 use libp2p::{
-    Multiaddr, PeerId, StreamProtocol, Swarm, SwarmBuilder, Transport, autonat, connection_limits, dcutr, dns,
-    gossipsub, identify, kad, mdns, memory_connection_limits, noise, ping, quic, relay, request_response, tcp,
-    websocket, yamux,
+    Multiaddr, PeerId, StreamProtocol, Swarm, Transport, autonat, connection_limits, dcutr, gossipsub, identify, kad,
+    mdns, memory_connection_limits, noise, ping, relay, request_response,
 };
 use polder_protocol::wire::GOSSIP_BYTES_MAX;
 
@@ -19,11 +19,9 @@ use super::address::node_of;
 use super::codec::{Codec, PROTOCOL};
 use super::crowd::Crowd;
 use super::door::Door;
-use super::relayed::Metered;
 use super::shared::Shared;
 use super::turnstile::Turnstile;
-use super::ways::Ways;
-use super::{ControlConfig, ControlError};
+use super::{ControlConfig, ControlError, transport};
 
 /// What a node tells of its program.
 pub(super) const AGENT: &str = concat!("polder/", env!("CARGO_PKG_VERSION"));
@@ -37,16 +35,8 @@ const IDLE: Duration = Duration::from_secs(24 * 3600);
 /// The share of the machine's memory above which no further connection is made.
 const MEMORY_SHARE_MAX: f64 = 0.9;
 
-/// Streams that a peer may have open on one connection: 32 requests, as many of the routing table, tunnels, gossip.
-const STREAMS_MAX: usize = 128;
-
 /// Streams of a peer that have not said yet what they are for. On TCP each may hold 256 KiB until then.
 const NEGOTIATING_MAX: usize = 32;
-
-/// What a QUIC connection may hold that nobody has read: a tunnel of 400 Mbit/s at 80 ms, and room for the rest.
-const STREAM_WINDOW_BYTES: u32 = 4 << 20;
-/// See [`STREAM_WINDOW_BYTES`].
-const CONNECTION_WINDOW_BYTES: u32 = 6 << 20;
 
 /// Bytes that one relayed connection may carry. The default of 128 KiB would end the transfer of a single part.
 const CIRCUIT_BYTES_MAX: u64 = 4 << 30;
@@ -88,77 +78,28 @@ pub(super) fn build(
     config: &ControlConfig,
     shared: &Arc<Shared>,
 ) -> Result<Swarm<Behaviour>, ControlError> {
-    let transport = |error: &dyn std::fmt::Display| ControlError::Transport {
+    let failed = |error: &dyn std::fmt::Display| ControlError::Transport {
         reason: error.to_string(),
     };
     let meters = config.relay_server.then(|| Arc::clone(shared));
-    let builder = SwarmBuilder::with_existing_identity(keypair)
-        .with_tokio()
-        .with_other_transport(|key| {
-            let quic = quic::tokio::Transport::new(quic_limits(quic::Config::new(key)));
-            let meter = meters.clone();
-            quic.map(move |(peer, muxer), _| (peer, Metered::new(muxer, peer, meter.clone())))
-        })
-        .map_err(|error| transport(&error))?
-        .with_other_transport(|key| {
-            let meter = meters.clone();
-            let plain = Ways::new(config.proxy.clone())
-                .upgrade(Version::V1Lazy)
-                .authenticate(noise::Config::new(key)?)
-                .multiplex(multiplexer())
-                .map(move |(peer, muxer), _| (peer, Metered::new(muxer, peer, meter.clone())));
-            Ok::<_, Box<dyn std::error::Error + Send + Sync>>(plain)
-        })
-        .map_err(|error| transport(&error))?
-        .with_other_transport(|key| {
-            let security = noise::Config::new(key)?;
-            let meter = meters.clone();
-            let websocket = websocket::Config::new(Ways::new(config.proxy.clone()))
-                .upgrade(Version::V1Lazy)
-                .authenticate(security)
-                .multiplex(multiplexer())
-                .map(move |(peer, muxer), _| (peer, Metered::new(muxer, peer, meter.clone())));
-            Ok::<_, Box<dyn std::error::Error + Send + Sync>>(websocket)
-        })
-        .map_err(|error| transport(&error))?;
-    // A machine without a resolver configuration still reaches numeric addresses. The builder's type differs with the
-    // resolver, hence the macro.
-    macro_rules! finish {
-        ($builder:expr) => {
-            $builder
-                .with_relay_client(noise::Config::new, multiplexer)
-                .map_err(|error| transport(&error))?
-                .with_behaviour(|key, relay_client| behaviour(key, relay_client, config, shared))
-                .map_err(|error| transport(&error))?
-                .with_swarm_config(|swarm| {
-                    swarm
-                        .with_idle_connection_timeout(IDLE)
-                        .with_max_negotiating_inbound_streams(NEGOTIATING_MAX)
-                })
-                .build()
-        };
-    }
-    let resolver = dns::tokio::Transport::system(tcp::tokio::Transport::default()).is_ok();
-    Ok(if resolver {
-        finish!(builder.with_dns().map_err(|error| transport(&error))?)
-    } else {
-        finish!(builder.with_dns_config(dns::ResolverConfig::default(), dns::ResolverOpts::default()))
-    })
-}
-
-/// Streams over TCP: as few as one connection needs, since each may hold a window of bytes that nobody has read.
-fn multiplexer() -> yamux::Config {
-    let mut config = yamux::Config::default();
-    config.set_max_num_streams(STREAMS_MAX);
-    config
-}
-
-/// Streams over QUIC, under the same limits.
-fn quic_limits(mut config: quic::Config) -> quic::Config {
-    config.max_concurrent_stream_limit = u32::try_from(STREAMS_MAX).unwrap_or(u32::MAX);
-    config.max_stream_data = STREAM_WINDOW_BYTES;
-    config.max_connection_data = CONNECTION_WINDOW_BYTES;
-    config
+    let peer = keypair.public().to_peer_id();
+    let straight =
+        transport::build(&keypair, config.proxy.clone(), &config.roots, meters).map_err(|error| failed(&error))?;
+    let (circuits, relay_client) = relay::client::new(peer);
+    let circuits = circuits
+        .upgrade(Version::V1Lazy)
+        .authenticate(noise::Config::new(&keypair).map_err(|error| failed(&error))?)
+        .multiplex(transport::multiplexer())
+        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
+    let all = circuits
+        .or_transport(straight)
+        .map(|either, _| either.into_inner())
+        .boxed();
+    let behaviour = behaviour(&keypair, relay_client, config, shared).map_err(|error| failed(&error))?;
+    let settings = swarm::Config::with_tokio_executor()
+        .with_idle_connection_timeout(IDLE)
+        .with_max_negotiating_inbound_streams(NEGOTIATING_MAX);
+    Ok(Swarm::new(all, behaviour, peer, settings))
 }
 
 fn behaviour(

@@ -12,12 +12,14 @@ mod door;
 mod driver;
 mod gossip;
 mod handle;
+mod knock;
 mod meetings;
 mod relayed;
 mod shared;
 mod table;
 #[cfg(test)]
 mod tests;
+mod transport;
 mod turnstile;
 mod ways;
 
@@ -28,6 +30,7 @@ use std::time::Duration;
 use polder_protocol::hash::{InstitutionId, NodeId};
 use polder_protocol::time::UnixSeconds;
 pub use polder_protocol::wire::Service;
+use rustls::pki_types::CertificateDer;
 use thiserror::Error;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -35,6 +38,7 @@ use tokio::task::JoinHandle;
 use crate::gate::{Admitted, Gate};
 pub(crate) use address::{is_multiaddress, is_public, source_for};
 pub use handle::{ControlHandle, Tunnels};
+pub(crate) use knock::{Knocked, knock};
 pub use relayed::RelayCaps;
 pub use ways::{Proxy, ProxyError};
 
@@ -56,6 +60,8 @@ pub struct ControlConfig {
     pub mdns: bool,
     /// The proxy through which TCP leaves for public addresses.
     pub proxy: Option<Proxy>,
+    /// Root certificates that are trusted for WebSocket over TLS, beside those of browsers.
+    pub roots: Vec<CertificateDer<'static>>,
     /// Carry connections for members that nobody can reach, and keep a routing table for others.
     pub relay_server: bool,
     /// Where the data plane answers. An unspecified address is completed by each peer with the address it sees.
@@ -77,6 +83,7 @@ impl ControlConfig {
             bootstrap: Vec::new(),
             mdns: false,
             proxy: None,
+            roots: Vec::new(),
             relay_server: false,
             data_addresses: Vec::new(),
             peers_target: 48,

@@ -5,6 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use polder_protocol::hash::NodeId;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -33,6 +35,9 @@ pub struct Config {
     /// The HTTP proxy through which TCP leaves for public addresses, as `http://[user:password@]host:port`. Empty
     /// takes the one in `HTTPS_PROXY`; `none` takes none.
     pub proxy: String,
+    /// A PEM file of root certificates that are trusted for `/wss` addresses beside those of browsers: where the campus has
+    /// its own. Who answers is proved by its key in any case.
+    pub tls_roots: PathBuf,
     /// Members to begin with beside those of the invite and of the last time, as `NODE@MULTIADDR`. Names are looked up anew
     /// at each dial, so a gateway may move.
     pub bootstrap: Vec<String>,
@@ -88,6 +93,7 @@ impl Default for Config {
             external_data: Vec::new(),
             listen_also: Vec::new(),
             proxy: String::new(),
+            tls_roots: PathBuf::new(),
             bootstrap: Vec::new(),
             mdns: true,
             map_ports: true,
@@ -128,6 +134,14 @@ pub enum ConfigError {
         path: PathBuf,
         /// Why.
         source: std::io::Error,
+    },
+    /// `tls_roots` names what is no file of certificates.
+    #[error("`tls_roots` in config.toml names {path}, which cannot be used: {reason}")]
+    Roots {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
     },
     /// The file is not what it should be.
     #[error("{path} is not a configuration: {reason}")]
@@ -184,6 +198,29 @@ impl Config {
 }
 
 impl Config {
+    /// The certificates in [`Self::tls_roots`]; none without the file's name.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`] for a file that cannot be read, or holds no certificate.
+    pub fn roots(&self) -> Result<Vec<CertificateDer<'static>>, ConfigError> {
+        let path = &self.tls_roots;
+        if path.as_os_str().is_empty() {
+            return Ok(Vec::new());
+        }
+        let malformed = |reason: String| ConfigError::Roots {
+            path: path.clone(),
+            reason,
+        };
+        let found = CertificateDer::pem_file_iter(path).map_err(|error| malformed(error.to_string()))?;
+        let roots: Result<Vec<_>, _> = found.collect();
+        let roots = roots.map_err(|error| malformed(error.to_string()))?;
+        if roots.is_empty() {
+            return Err(malformed("there is no certificate in it".to_owned()));
+        }
+        Ok(roots)
+    }
+
     /// The proxy that is to be used, where there is one.
     ///
     /// # Errors

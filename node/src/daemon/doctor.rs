@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
-use polder_protocol::charter::Capabilities;
+use polder_protocol::charter::{CLOCK_SKEW_SECONDS, Capabilities};
 use polder_protocol::wire::Standing;
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +19,9 @@ const DISK_TIME_MAX: Duration = Duration::from_secs(3);
 
 /// Below this, a model of a few billion parameters does not fit: 20 GiB.
 const DISK_BYTES_WANTED: u64 = 20 << 30;
+
+/// A clock so far off is no reason to do something. Announcements travel for a second or two.
+const CLOCK_FAIR_SECONDS: u64 = 30;
 
 /// How something is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,7 +49,7 @@ pub struct Finding {
 }
 
 impl Finding {
-    fn new(what: &str, health: Health, words: impl Into<String>) -> Self {
+    pub(super) fn new(what: &str, health: Health, words: impl Into<String>) -> Self {
         Self {
             what: what.to_owned(),
             health,
@@ -55,7 +58,7 @@ impl Finding {
         }
     }
 
-    fn ask(self, line: String) -> Self {
+    pub(super) fn ask(self, line: String) -> Self {
         Self {
             ask: Some(line),
             ..self
@@ -78,7 +81,7 @@ impl Shared {
         ];
         findings.extend([
             self.ipv6(),
-            clock(),
+            self.clock(),
             self.mdns(),
             disk(self.home.root()).await,
             self.device_driver(),
@@ -239,6 +242,22 @@ impl Shared {
         }
     }
 
+    /// The middle of the members' clocks: one of them may be wrong itself.
+    fn clock(&self) -> Finding {
+        let mut differences = self.directory.clock_differences();
+        differences.sort_unstable();
+        match differences.get(differences.len() / 2) {
+            Some(middle) => {
+                let members = match differences.len() {
+                    1 => "that of the one member heard".to_owned(),
+                    count => format!("the middle of {count} members'"),
+                };
+                clock_difference(*middle, &members)
+            }
+            None => local_clock(),
+        }
+    }
+
     fn mdns(&self) -> Finding {
         if !self.config.mdns {
             return Finding::new("mDNS", Health::Good, "switched off in config.toml");
@@ -256,11 +275,7 @@ impl Shared {
         let name = described
             .as_ref()
             .map_or("nothing yet", |described| described.name.as_str());
-        let driver = match nvml_wrapper::Nvml::init().and_then(|nvml| nvml.sys_driver_version()) {
-            Ok(version) => format!("NVIDIA driver {version}"),
-            Err(_) if Path::new("/dev/dri").exists() => "no NVIDIA driver; /dev/dri is there".to_owned(),
-            Err(_) => "no GPU driver".to_owned(),
-        };
+        let (_, driver) = driver();
         match described.as_ref().and_then(|described| described.fell_back.as_ref()) {
             Some(reason) => Finding::new(
                 "device",
@@ -288,18 +303,31 @@ impl Shared {
     }
 }
 
-/// A clock that is wrong by more than a certificate allows shuts a node out. Nobody is asked for the time here.
-fn clock() -> Finding {
+/// How far the clock is from another. Certificates allow five minutes; a clock that is a minute off goes on to be more so.
+pub(super) fn clock_difference(ahead_seconds: i64, whose: &str) -> Finding {
+    let line = "Please set this machine's clock (`timedatectl set-ntp true`).".to_owned();
+    let (off, side) = match ahead_seconds {
+        ..0 => (ahead_seconds.unsigned_abs(), "ahead of"),
+        0.. => (ahead_seconds.unsigned_abs(), "behind"),
+    };
+    let words = format!("it is {off} s {side} {whose}; certificates allow {CLOCK_SKEW_SECONDS} s");
+    match off {
+        0..=CLOCK_FAIR_SECONDS => Finding::new("clock", Health::Good, words),
+        _ if off < CLOCK_SKEW_SECONDS => Finding::new("clock", Health::Fair, words).ask(line),
+        _ => Finding::new("clock", Health::Bad, words).ask(line),
+    }
+}
+
+/// What can be told of the clock where nobody tells another time.
+pub(super) fn local_clock() -> Finding {
     match SystemTime::now().duration_since(SystemTime::UNIX_EPOCH) {
         Ok(since) if since.as_secs() > 1_750_000_000 => {
             let seconds = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
             let time =
                 jiff::Timestamp::from_second(seconds).map_or_else(|_| "far away".to_owned(), |time| time.to_string());
-            Finding::new(
-                "clock",
-                Health::Good,
-                format!("it is {time}; certificates allow five minutes of error"),
-            )
+            let words =
+                format!("it is {time}; nobody to compare it with. Certificates allow {CLOCK_SKEW_SECONDS} s of error");
+            Finding::new("clock", Health::Good, words)
         }
         _ => Finding::new(
             "clock",
@@ -310,7 +338,26 @@ fn clock() -> Finding {
     }
 }
 
-async fn disk(home: &Path) -> Finding {
+/// The driver of a GPU, in words.
+fn driver() -> (bool, String) {
+    match nvml_wrapper::Nvml::init().and_then(|nvml| nvml.sys_driver_version()) {
+        Ok(version) => (true, format!("NVIDIA driver {version}")),
+        Err(_) if Path::new("/dev/dri").exists() => (true, "no NVIDIA driver; /dev/dri is there".to_owned()),
+        Err(_) => (false, "no GPU driver".to_owned()),
+    }
+}
+
+/// What there is to compute on, before anything has been started on it.
+pub(super) fn graphics() -> Finding {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let words = match driver() {
+        (true, words) => words,
+        (false, words) => format!("{words}; this node would compute on the CPU, with {threads} threads"),
+    };
+    Finding::new("device", Health::Good, words)
+}
+
+pub(super) async fn disk(home: &Path) -> Finding {
     let home = home.to_owned();
     let asked = tokio::task::spawn_blocking(move || Command::new("df").arg("-Pk").arg(home).output());
     let free = match tokio::time::timeout(DISK_TIME_MAX, asked).await {

@@ -8,9 +8,9 @@ use polder_protocol::hash::{NodeId, digest};
 use polder_protocol::invite::{Door, Invite};
 use tokio::task::JoinHandle;
 
-use super::DaemonError;
 use super::acquaintances::Acquaintances;
-use crate::control::{self, ControlConfig, ControlError, ControlHandle, PeerEvent, Proxy, Service, is_multiaddress};
+use super::{Config, DaemonError};
+use crate::control::{self, ControlConfig, ControlError, ControlHandle, PeerEvent, Service, is_multiaddress};
 use crate::enrol::{self, Newcomer};
 use crate::gate::Gate;
 use crate::home::Home;
@@ -52,16 +52,12 @@ impl Refusals {
 }
 
 /// Shows the token of `invite` at its doors, one after the other, until one gateway certifies this node.
-pub(super) async fn enrol(
-    home: &Home,
-    seed: [u8; 32],
-    invite: &Invite,
-    proxy: Option<Proxy>,
-) -> Result<(), DaemonError> {
+pub(super) async fn enrol(home: &Home, seed: [u8; 32], invite: &Invite, settings: &Config) -> Result<(), DaemonError> {
     let mut config = ControlConfig::loopback(seed);
     // Only to dial from: the node listens once it is a member.
     config.listen = Vec::new();
-    config.proxy = proxy;
+    config.proxy = settings.proxy()?;
+    config.roots = settings.roots()?;
     let gate: Arc<dyn Gate> = Arc::new(Newcomer::new(invite));
     let (control, driver) = control::start(config, gate).await?;
     let mut last = None;

@@ -2,6 +2,7 @@
 
 mod acquaintances;
 mod admin;
+mod ahead;
 mod caps;
 mod config;
 mod doctor;
@@ -29,6 +30,7 @@ use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+pub use ahead::{Target, examine_ahead};
 pub use caps::{CapClock, CapWindow, Caps, CapsStatus};
 pub use config::{Config, ConfigError, member_at};
 pub use doctor::{Finding, Health};
@@ -94,6 +96,8 @@ pub enum DaemonError {
     CapWindow(#[source] polder_protocol::policy::WindowError),
     #[error("`{entry}` of `bootstrap` in config.toml is no member; write `NODE@/dns4/gateway.example.org/tcp/4001`")]
     Bootstrap { entry: String },
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     #[error("`proxy` in config.toml is not understood")]
     Proxy(#[from] ProxyError),
     #[error("cannot {what}")]
@@ -181,7 +185,7 @@ impl Daemon {
         let lock = home.lock()?;
         let key = home.node_key()?;
         if let Some(invite) = invite {
-            membership::enrol(&home, key.seed(), invite, config.proxy()?).await?;
+            membership::enrol(&home, key.seed(), invite, &config).await?;
         }
         let members = Arc::new(Members::open(&home)?);
         let gate: Arc<dyn Gate> = Arc::clone(&members) as Arc<dyn Gate>;
@@ -383,6 +387,7 @@ async fn start_control(
         .flat_map(|host| [format!("{host}/tcp/{port}"), format!("{host}/udp/{port}/quic-v1")]);
     plane.listen = listen.chain(config.listen_also.iter().cloned()).collect();
     plane.proxy = config.proxy()?;
+    plane.roots = config.roots()?;
     plane.external.clone_from(&config.external);
     plane.bootstrap = bootstrap;
     plane.mdns = config.mdns;

@@ -35,7 +35,7 @@ use crate::gate::{AddressBook, Admitted, Gate};
 use crate::neighbourhood::{Census, Neighbourhood};
 
 /// The name in the TLS handshake. Who answers is told by the key, so the name means nothing.
-const SERVER_NAME: &str = "polder";
+pub(super) const SERVER_NAME: &str = "polder";
 
 /// The data plane of one node. Clones are the same plane; it answers until [`DataPlane::shutdown`].
 #[derive(Clone)]

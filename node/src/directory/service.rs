@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use polder_protocol::charter::Capabilities;
-use polder_protocol::directory::{Page, PageRequest, Verdict, repeat_seconds};
+use polder_protocol::directory::{Announcement, Change, Page, PageRequest, Verdict, repeat_seconds};
 use polder_protocol::hash::NodeId;
 use polder_protocol::identity::Signed;
 use polder_protocol::wire;
@@ -93,8 +93,11 @@ async fn hear(inner: Arc<Inner>, mut gossip: mpsc::Receiver<Gossip>) {
         match Signed::from_bytes(&message.bytes) {
             // Gossip is for one's own words; those of others are asked for in pages.
             Ok(signed) if signed.by() == from.0 => {
-                if let Err(error) = inner.insert(signed) {
-                    tracing::debug!(%from, %error, "an announcement is not kept");
+                let expires = signed.open().map(|told: Announcement| told.expires);
+                match (inner.insert(signed), expires) {
+                    (Ok(Change::Offers | Change::Renewed), Ok(expires)) => inner.lock().note_clock(from, expires),
+                    (Ok(_), _) => {}
+                    (Err(error), _) => tracing::debug!(%from, %error, "an announcement is not kept"),
                 }
             }
             Ok(_) => tracing::debug!(%from, "an announcement of another is not kept"),

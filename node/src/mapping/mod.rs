@@ -12,6 +12,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 pub use keep::{Mapper, start};
+pub(crate) use router::{find, place};
 
 /// How long a port is asked for. A node that was killed leaves it open for so long, and no router forgets it earlier.
 const LEASE: Duration = Duration::from_secs(3600);
