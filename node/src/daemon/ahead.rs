@@ -257,7 +257,16 @@ async fn gateway(
         ));
     }
     if let Some(known) = target.node.or(answered.map(|knocked| knocked.node)) {
-        findings.extend(data_found(seed, known, target, answered.is_some()).await);
+        let mut data = data_found(seed, known, target, answered.is_some()).await;
+        // The line for QUIC asks for this port too.
+        if let Some(data) = &mut data
+            && findings
+                .iter()
+                .any(|finding| finding.what == Way::Quic.name() && finding.ask.is_some())
+        {
+            data.ask = None;
+        }
+        findings.extend(data);
     }
     findings
 }
@@ -433,10 +442,9 @@ async fn web(hub: &str, proxy: Option<&Proxy>) -> Finding {
 }
 
 async fn names(targets: &[Target], hub: &str) -> Finding {
-    let named = targets.iter().map(|target| target.host.as_str());
+    let mut named = targets.iter().map(|target| target.host.as_str());
     let name = named
-        .filter(|host| host.contains('.') && host.parse::<IpAddr>().is_err())
-        .next()
+        .find(|host| host.contains('.') && host.parse::<IpAddr>().is_err())
         .unwrap_or(hub);
     let asked = tokio::time::timeout(ANSWER_TIME_MAX, tokio::net::lookup_host((name, 443))).await;
     let reason = match asked {
