@@ -24,7 +24,7 @@ use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 
 use super::address::{keypair, listen_error, multiaddresses, node_of, probe_port};
-use super::behaviour::{Behaviour, build};
+use super::behaviour::{Behaviour, BehaviourEvent, build};
 use super::gossip::Authors;
 use super::handle::Command;
 use super::meetings::{Answer, Meetings, STRANGER_STAYS};
@@ -37,6 +37,12 @@ const COMMANDS_MAX: usize = 512;
 
 /// How long a listener may take to come up.
 const LISTEN_TIME_MAX: Duration = Duration::from_secs(10);
+
+/// When no further address comes within this time, all are known.
+const LISTEN_SETTLES: Duration = Duration::from_millis(50);
+
+/// What may happen meanwhile before the driver must go on.
+const MISSED_MAX: usize = 64;
 
 /// How often the driver looks at the clock.
 const TICK: Duration = Duration::from_millis(500);
@@ -72,7 +78,7 @@ pub(super) async fn start(
     })?;
     let shared = Arc::new(Shared::new(node, config.data_addresses.clone()));
     let mut swarm = build(keypair, &config, &shared)?;
-    listen(&mut swarm, &config, &shared).await?;
+    let missed = listen(&mut swarm, &config, &shared).await?;
     if config.relay_server {
         let listening = lock(&shared.listen_addresses).clone();
         multiaddresses(&listening)?
@@ -110,10 +116,16 @@ pub(super) async fn start(
         commands,
         streams,
     };
-    Ok((handle, tokio::spawn(driver.run(inbox))))
+    Ok((handle, tokio::spawn(driver.run(missed, inbox))))
 }
 
-async fn listen(swarm: &mut Swarm<Behaviour>, config: &ControlConfig, shared: &Shared) -> Result<(), ControlError> {
+/// Listens, and gives what happened meanwhile that is no news of a listener.
+async fn listen(
+    swarm: &mut Swarm<Behaviour>,
+    config: &ControlConfig,
+    shared: &Shared,
+) -> Result<Vec<SwarmEvent<BehaviourEvent>>, ControlError> {
+    let mut missed = Vec::new();
     let mut coming: HashMap<ListenerId, Multiaddr> = HashMap::new();
     for address in multiaddresses(&config.listen)? {
         probe_port(&address)?;
@@ -145,13 +157,24 @@ async fn listen(swarm: &mut Swarm<Behaviour>, config: &ControlConfig, shared: &S
                         return Err(listen_error(address, &error));
                     }
                 }
-                _ => {}
+                event => missed.push(event),
             }
         }
         Ok(())
     };
     // A network without addresses must not keep a node from starting: it listens once there is one.
-    tokio::time::timeout(LISTEN_TIME_MAX, all_up).await.unwrap_or(Ok(()))
+    tokio::time::timeout(LISTEN_TIME_MAX, all_up).await.unwrap_or(Ok(()))?;
+    // A listener on every interface tells of one after the other, often of the loopback one first; invites name them all.
+    while let Ok(event) = tokio::time::timeout(LISTEN_SETTLES, swarm.select_next_some()).await {
+        match event {
+            SwarmEvent::NewListenAddr { address, .. } => lock(&shared.listen_addresses).push(address.to_string()),
+            event => missed.push(event),
+        }
+        if missed.len() >= MISSED_MAX {
+            break;
+        }
+    }
+    Ok(missed)
 }
 
 /// What an outgoing request was for.
@@ -178,7 +201,8 @@ struct Driver {
 }
 
 impl Driver {
-    async fn run(mut self, mut inbox: mpsc::Receiver<Command>) {
+    async fn run(mut self, missed: Vec<SwarmEvent<BehaviourEvent>>, mut inbox: mpsc::Receiver<Command>) {
+        missed.into_iter().for_each(|event| self.on_event(event));
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
