@@ -2,16 +2,18 @@
 
 mod golden_case;
 mod settings;
+mod training_step;
 
 use golden_case::{Golden, largest, largest_difference};
 use polder_kernels::device::Device;
 use polder_kernels::model::layout;
-use polder_kernels::train::{TrainData, TrainError, TrainInput, TrainOutput, TrainStage, initial_adapters};
+use polder_kernels::train::{TrainData, TrainError, TrainOutput, TrainStage, initial_adapters};
 use polder_protocol::adapters::Adapters;
 use polder_protocol::layout::BlockRange;
 use polder_protocol::run::{Inner, Optimiser};
 use serde_json::Value;
 use settings::inner;
+use training_step::{batch, loss};
 
 const WHOLE: BlockRange = BlockRange::whole(3);
 
@@ -31,7 +33,7 @@ fn losses_and_gradients_are_those_of_plain_torch() {
         };
         let mut stage = case.stage(WHOLE, case.waves(), set, &device);
         for step in 0..4 {
-            let loss = loss(stage.forward(0, case.batch(&[])).unwrap()).0;
+            let loss = loss(stage.forward(0, batch(&case.tokens, &[])).unwrap()).0;
             let expected = right["losses"][step as usize].as_f64().unwrap() as f32;
             assert!((loss - expected).abs() < 2e-4, "step {step}: {loss} {expected}");
             let sum = stage.square_sum(1).unwrap();
@@ -59,10 +61,10 @@ fn gradients_are_what_differences_say() {
     let device = Device::cpu();
     let loss_at = |parameters: Vec<Vec<f32>>| {
         let mut stage = case.stage(WHOLE, parameters, inner(), &device);
-        f64::from(loss(stage.forward(0, case.batch(&[])).unwrap()).0)
+        f64::from(loss(stage.forward(0, batch(&case.tokens, &[])).unwrap()).0)
     };
     let mut stage = case.stage(WHOLE, case.waves(), inner(), &device);
-    stage.forward(0, case.batch(&[])).unwrap();
+    stage.forward(0, batch(&case.tokens, &[])).unwrap();
     let norm = stage.square_sum(1).unwrap().sqrt();
     // Along the gradient itself the loss changes by its norm.
     let moved = |by: f32| {
@@ -114,7 +116,7 @@ fn a_model_learns_through_its_adapters_alone_and_repeats_its_bits() {
 fn before_the_first_step_the_model_is_as_it_was_and_a_merged_one_is_as_after_it() {
     let case = Case::new();
     let (_, first) = initial_adapters(&case.adapters, 7).unwrap();
-    let loss_of = |mut stage: TrainStage| loss(stage.forward(0, case.batch(&[])).unwrap()).0;
+    let loss_of = |mut stage: TrainStage| loss(stage.forward(0, batch(&case.tokens, &[])).unwrap()).0;
     let plain = |model| TrainStage::new(&case.golden.config_json, WHOLE, model, inner(), 10, &Device::cpu()).unwrap();
     let base = loss_of(plain(case.model.clone()));
     assert_eq!(loss_of(case.stage(WHOLE, first, inner(), &Device::cpu())), base);
@@ -141,12 +143,12 @@ fn stages_of_a_chain_train_their_own_adapters_with_the_bits_of_the_whole() {
         part(BlockRange { first: 2, end: 3 }),
     );
     for step in 0..3 {
-        let TrainOutput::Hidden(sent) = first.forward(0, case.batch(&[])).unwrap() else {
+        let TrainOutput::Hidden(sent) = first.forward(0, batch(&case.tokens, &[])).unwrap() else {
             panic!("a head");
         };
-        let (_, gradient) = loss(last.forward(0, case.batch(&sent)).unwrap());
+        let (_, gradient) = loss(last.forward(0, batch(&case.tokens, &sent)).unwrap());
         first.backward(0, &gradient).unwrap();
-        whole.forward(0, case.batch(&[])).unwrap();
+        whole.forward(0, batch(&case.tokens, &[])).unwrap();
         let sum = whole.square_sum(1).unwrap();
         let sums = first.square_sum(1).unwrap() + last.square_sum(1).unwrap();
         assert!((sum / sums - 1.0).abs() < 1e-12);
@@ -226,21 +228,5 @@ impl Case {
         let model = self.model[parts.start as usize..parts.end as usize].to_vec();
         let adapters = (&self.adapters, parameters);
         TrainStage::adapted(&self.golden.config_json, range, model, adapters, (inner, 30), device).unwrap()
-    }
-
-    fn batch<'a>(&'a self, hidden: &'a [f32]) -> TrainInput<'a> {
-        TrainInput {
-            tokens: &self.tokens,
-            hidden,
-            batch: 2,
-            seq: 16,
-        }
-    }
-}
-
-fn loss(output: TrainOutput) -> (f32, Vec<f32>) {
-    match output {
-        TrainOutput::Loss { loss, input_gradient } => (loss, input_gradient),
-        TrainOutput::Hidden(_) => panic!("no head"),
     }
 }

@@ -1,6 +1,8 @@
 //! Every fuzz target survives its committed corpus, with the stable toolchain and in every run of the tests. The same
 //! targets run under libFuzzer from `kernels/fuzz`.
 
+#[path = "../../protocol/fuzz/replay.rs"]
+mod replay;
 #[path = "../fuzz/targets/mod.rs"]
 mod targets;
 
@@ -9,26 +11,18 @@ use std::path::Path;
 
 use polder_kernels::weights::{PartFile, import};
 
+const CORPUS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus");
+
 #[test]
 fn every_target_survives_its_corpus() {
-    for (name, target) in targets::ALL {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);
-        let mut inputs = 0;
-        for entry in fs::read_dir(folder).unwrap_or_else(|error| panic!("corpus of {name}: {error}")) {
-            let path = entry.unwrap().path();
-            println!("{}", path.display());
-            target(&fs::read(path).unwrap());
-            inputs += 1;
-        }
-        assert!(inputs > 0, "{name} has no corpus");
-    }
+    replay::all(Path::new(CORPUS), &targets::ALL);
 }
 
 /// What the other inputs are changed from.
 #[test]
 fn the_honest_model_is_imported() {
     let folder = tempfile::tempdir().unwrap();
-    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus");
+    let corpus = Path::new(CORPUS);
     let model = folder.path().join("model.gguf");
     fs::copy(corpus.join("import_gguf/honest-0"), &model).unwrap();
     let imported = import(&model, &folder.path().join("out"), &mut |_| {}).unwrap();

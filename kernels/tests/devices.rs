@@ -5,6 +5,7 @@
 
 mod golden_case;
 mod settings;
+mod training_step;
 
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -17,6 +18,7 @@ use polder_kernels::weights::import;
 use polder_protocol::layout::BlockRange;
 use polder_protocol::work::Weights;
 use settings::inner;
+use training_step::{batch, loss};
 
 const CASES: [&str; 2] = ["llama_tied_sharded", "llama_rope_llama3"];
 
@@ -315,22 +317,6 @@ fn train(golden: &Golden, range: BlockRange, device: &Device) -> TrainStage {
     let parts = range.parts(golden.config.blocks);
     let parameters = golden.parameters()[parts.start as usize..parts.end as usize].to_vec();
     TrainStage::new(&golden.config_json, range, parameters, inner(), 10, device).unwrap()
-}
-
-fn batch<'a>(tokens: &'a [u32], hidden: &'a [f32]) -> TrainInput<'a> {
-    TrainInput {
-        tokens,
-        hidden,
-        batch: 2,
-        seq: 16,
-    }
-}
-
-fn loss(output: TrainOutput) -> (f32, Vec<f32>) {
-    match output {
-        TrainOutput::Loss { loss, input_gradient } => (loss, input_gradient),
-        TrainOutput::Hidden(_) => panic!("no head"),
-    }
 }
 
 fn argmax(logits: &[f32]) -> u32 {

@@ -2,12 +2,14 @@
 //! and the goldfish loss is the same on both engines.
 
 mod settings;
+mod training_step;
 
 use polder_kernels::device::Device;
-use polder_kernels::train::{TrainData, TrainError, TrainInput, TrainOutput, TrainStage, initial_parameters};
+use polder_kernels::train::{TrainData, TrainError, TrainOutput, TrainStage, initial_parameters};
 use polder_protocol::layout::BlockRange;
 use polder_protocol::run::{Goldfish, Inner, Optimiser, Schedule};
 use settings::inner;
+use training_step::{batch, loss};
 
 const OPTIMISERS: [Optimiser; 3] = [
     Optimiser::AdamW,
@@ -115,12 +117,12 @@ fn stages_of_a_chain_take_the_steps_of_the_whole() {
         let mut last = stage(BlockRange { first: 1, end: BLOCKS }, set, &Device::cpu());
         let tokens = text(2 * 17);
         for step in 0..3 {
-            let TrainOutput::Hidden(sent) = first.forward(0, input(&tokens, &[])).unwrap() else {
+            let TrainOutput::Hidden(sent) = first.forward(0, batch(&tokens, &[])).unwrap() else {
                 panic!("a head");
             };
-            let (_, gradient) = loss(last.forward(0, input(&tokens, &sent)).unwrap());
+            let (_, gradient) = loss(last.forward(0, batch(&tokens, &sent)).unwrap());
             first.backward(0, &gradient).unwrap();
-            whole.forward(0, input(&tokens, &[])).unwrap();
+            whole.forward(0, batch(&tokens, &[])).unwrap();
             let sum = whole.square_sum(1).unwrap();
             assert!(sum.sqrt() > 0.05);
             first.square_sum(1).unwrap();
@@ -139,7 +141,7 @@ fn labels_left_out_add_nothing_on_either_engine() {
     let tokens = text(2 * 17);
     let run = |device: &Device, goldfish: Option<Goldfish>| {
         let mut stage = stage(WHOLE, Inner { goldfish, ..inner() }, device);
-        let (loss, _) = loss(stage.forward(0, input(&tokens, &[])).unwrap());
+        let (loss, _) = loss(stage.forward(0, batch(&tokens, &[])).unwrap());
         (loss, stage.gradients().unwrap().concat())
     };
     let (own, right) = (
@@ -189,20 +191,4 @@ fn data() -> TrainData {
     let mut data = TrainData::new();
     data.add(&text(400));
     data
-}
-
-fn input<'a>(tokens: &'a [u32], hidden: &'a [f32]) -> TrainInput<'a> {
-    TrainInput {
-        tokens,
-        hidden,
-        batch: 2,
-        seq: 16,
-    }
-}
-
-fn loss(output: TrainOutput) -> (f32, Vec<f32>) {
-    match output {
-        TrainOutput::Loss { loss, input_gradient } => (loss, input_gradient),
-        TrainOutput::Hidden(_) => panic!("no head"),
-    }
 }

@@ -6,8 +6,9 @@ use std::env;
 use std::fs;
 use std::path::PathBuf;
 
-use polder_kernels::text::{ChatTemplate, Message, Tokenizer};
+use polder_kernels::text::{ChatTemplate, Tokenizer};
 use polder_kernels::weights::{ImportedModel, PartFile, import};
+use polder_protocol::work::Message;
 use serde_json::Value;
 
 #[test]

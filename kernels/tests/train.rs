@@ -2,6 +2,7 @@
 
 mod golden_case;
 mod settings;
+mod training_step;
 
 use golden_case::{Golden, largest, largest_difference};
 use polder_kernels::device::Device;
@@ -10,6 +11,7 @@ use polder_kernels::train::{TrainData, TrainError, TrainInput, TrainOutput, Trai
 use polder_protocol::layout::BlockRange;
 use polder_protocol::run::Inner;
 use settings::inner;
+use training_step::{batch, loss};
 
 #[test]
 fn loss_and_gradients_are_those_of_pytorch() {
@@ -312,22 +314,6 @@ fn stage(golden: &Golden, range: BlockRange, inner: Inner) -> TrainStage {
     let parts = range.parts(golden.config.blocks);
     let parameters = golden.parameters()[parts.start as usize..parts.end as usize].to_vec();
     TrainStage::new(&golden.config_json, range, parameters, inner, 10, &Device::cpu()).unwrap()
-}
-
-fn batch<'a>(tokens: &'a [u32], hidden: &'a [f32]) -> TrainInput<'a> {
-    TrainInput {
-        tokens,
-        hidden,
-        batch: 2,
-        seq: 16,
-    }
-}
-
-fn loss(output: TrainOutput) -> (f32, Vec<f32>) {
-    match output {
-        TrainOutput::Loss { loss, input_gradient } => (loss, input_gradient),
-        TrainOutput::Hidden(_) => panic!("no head"),
-    }
 }
 
 fn hidden(output: TrainOutput) -> Vec<f32> {

@@ -1,50 +1,24 @@
 //! Every fuzz target survives its committed corpus, with the stable toolchain and in every run of the tests. The same
 //! targets run under libFuzzer from `protocol/fuzz`.
 
+#[path = "../fuzz/replay.rs"]
+mod replay;
 #[path = "../fuzz/seeds.rs"]
 mod seeds;
 #[path = "../fuzz/targets/mod.rs"]
 mod targets;
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-fn folder(target: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target)
-}
+const CORPUS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus");
 
 #[test]
 fn every_target_survives_its_corpus() {
-    for (name, target) in targets::ALL {
-        let mut inputs = 0;
-        for entry in fs::read_dir(folder(name)).unwrap_or_else(|error| panic!("corpus of {name}: {error}")) {
-            let path = entry.unwrap().path();
-            println!("{}", path.display());
-            target(&fs::read(path).unwrap());
-            inputs += 1;
-        }
-        assert!(inputs > 0, "{name} has no corpus");
-    }
+    replay::all(Path::new(CORPUS), &targets::ALL);
 }
 
 /// A change of a format shows here: `POLDER_WRITE_SEEDS=1 cargo test -p polder-protocol --test corpus` writes new ones.
 #[test]
 fn what_honest_peers_send_is_in_the_corpus() {
-    let seeds = seeds::all();
-    let names = |all: &mut dyn Iterator<Item = &'static str>| all.collect::<Vec<_>>();
-    assert_eq!(
-        names(&mut seeds.iter().map(|(name, _)| *name)),
-        names(&mut targets::ALL.iter().map(|(name, _)| *name))
-    );
-    for (name, inputs) in seeds {
-        for (index, bytes) in inputs.into_iter().enumerate() {
-            let path = folder(name).join(format!("honest-{index}"));
-            if std::env::var_os("POLDER_WRITE_SEEDS").is_some() {
-                fs::create_dir_all(folder(name)).unwrap();
-                fs::write(&path, &bytes).unwrap();
-            }
-            let kept = fs::read(&path).unwrap_or_default();
-            assert!(kept == bytes, "{} is not what is sent now", path.display());
-        }
-    }
+    replay::honest(Path::new(CORPUS), &targets::ALL, seeds::all());
 }

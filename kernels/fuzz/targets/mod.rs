@@ -4,8 +4,9 @@
 use std::fs;
 
 use polder_kernels::model::{Config, layout};
-use polder_kernels::text::{ChatTemplate, Message, Tokenizer};
+use polder_kernels::text::{ChatTemplate, Tokenizer};
 use polder_kernels::weights::{Gguf, PartFile, import};
+use polder_protocol::work::Message;
 
 /// A target.
 type Target = fn(&[u8]);
@@ -29,7 +30,7 @@ fn chat_template(bytes: &[u8]) {
         Message::new("system", "Be brief."),
         Message::new("user", "Wat is een polder?"),
     ];
-    let tool = serde_json::json!({ "type": "function", "function": { "name": "tide", "parameters": {} } });
+    let tool = r#"{"type": "function", "function": {"name": "tide", "parameters": {}}}"#.to_owned();
     let _ = template.render(&messages, &[tool]);
 }
 

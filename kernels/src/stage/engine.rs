@@ -13,6 +13,13 @@ use crate::model::Config;
 
 /// A stage's weights and its sessions' caches.
 #[derive(Debug)]
+#[cfg_attr(
+    feature = "gpu",
+    expect(
+        clippy::large_enum_variant,
+        reason = "a worker has a few stages and moves none of them"
+    )
+)]
 pub(super) enum Engine {
     Cpu(cpu::Engine, cpu::Sessions),
     Tensors(tensors::Engine, BTreeMap<u64, tensors::Sequence>),

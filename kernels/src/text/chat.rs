@@ -5,6 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, Value, context};
+use polder_protocol::work::{Message, ToolCall};
 use serde_json::Value as Json;
 
 use super::{TextError, template_methods, tool_words};
@@ -18,78 +19,6 @@ const NAME: &str = "chat";
 /// What a model without a template is asked with.
 const FALLBACK: &str = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}\
     {% if add_generation_prompt %}assistant:{% endif %}";
-
-/// One turn.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Message {
-    /// `system`, `user`, `assistant` or `tool`.
-    pub role: String,
-    /// What was said.
-    pub content: String,
-    /// What the assistant called.
-    pub tool_calls: Vec<ToolCall>,
-    /// Of a tool's answer: the call that it answers.
-    pub tool_call_id: Option<String>,
-    /// Who speaks, where templates want to know: of a tool's answer, the tool.
-    pub name: Option<String>,
-}
-
-/// A call of a tool, by the assistant.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ToolCall {
-    /// Names the call.
-    pub id: String,
-    /// Which tool.
-    pub name: String,
-    /// A JSON object.
-    pub arguments: Json,
-}
-
-impl Message {
-    /// A turn of words alone.
-    pub fn new(role: &str, content: &str) -> Self {
-        Self {
-            role: role.to_owned(),
-            content: content.to_owned(),
-            tool_calls: Vec::new(),
-            tool_call_id: None,
-            name: None,
-        }
-    }
-
-    /// The turn as templates know it from transformers: fields that it does not have are not there.
-    fn value(&self) -> Value {
-        let mut turn = vec![("role", Value::from(self.role.as_str()))];
-        // Of an assistant that only called there is no content; templates ask so.
-        let silent = self.content.is_empty() && !self.tool_calls.is_empty();
-        turn.push((
-            "content",
-            if silent {
-                Value::from(())
-            } else {
-                Value::from(self.content.as_str())
-            },
-        ));
-        if !self.tool_calls.is_empty() {
-            turn.push(("tool_calls", self.tool_calls.iter().map(ToolCall::value).collect()));
-        }
-        turn.extend(self.tool_call_id.as_deref().map(|id| ("tool_call_id", Value::from(id))));
-        turn.extend(self.name.as_deref().map(|name| ("name", Value::from(name))));
-        Value::from_pairs(turn)
-    }
-}
-
-impl ToolCall {
-    fn value(&self) -> Value {
-        let arguments = Value::from(Serde(&self.arguments));
-        let function = Value::from_pairs([("name", Value::from(self.name.as_str())), ("arguments", arguments)]);
-        Value::from_pairs([
-            ("id", Value::from(self.id.as_str())),
-            ("type", Value::from("function")),
-            ("function", function),
-        ])
-    }
-}
 
 /// A compiled template.
 ///
@@ -144,14 +73,15 @@ impl ChatTemplate {
     ///
     /// # Errors
     ///
-    /// [`TextError::Render`] with what the template says, such as that roles must alternate.
-    pub fn render(&self, messages: &[Message], tools: &[Json]) -> Result<String, TextError> {
-        let turns: Vec<Value> = if self.knows_tools {
-            messages.iter().map(Message::value).collect()
+    /// [`TextError::Render`] with what the template says, such as that roles must alternate; [`TextError::Tool`].
+    pub fn render(&self, messages: &[Message], tools: &[String]) -> Result<String, TextError> {
+        let turns: Result<Vec<Value>, TextError> = if self.knows_tools {
+            messages.iter().map(turn).collect()
         } else {
-            let spoken = tool_words::in_words(messages, tools);
-            spoken.iter().map(Message::value).collect()
+            tool_words::in_words(messages, tools).iter().map(turn).collect()
         };
+        let turns = turns?;
+        let tools = tools.iter().map(|tool| json(tool)).collect::<Result<Vec<_>, _>>()?;
         // As in transformers: none, and not undefined, where there are no tools.
         let tools = (!tools.is_empty()).then(|| Value::from(Serde(tools)));
         let refused = |error: Error| TextError::Render {
@@ -175,6 +105,47 @@ impl ChatTemplate {
         }
         Ok(prompt)
     }
+}
+
+/// A message as templates know it from transformers: fields that it does not have are not there.
+fn turn(message: &Message) -> Result<Value, TextError> {
+    let mut turn = vec![("role", Value::from(message.role.as_str()))];
+    // Of an assistant that only called there is no content; templates ask so.
+    let silent = message.content.is_empty() && !message.tool_calls.is_empty();
+    let content = if silent {
+        Value::from(())
+    } else {
+        Value::from(message.content.as_str())
+    };
+    turn.push(("content", content));
+    if !message.tool_calls.is_empty() {
+        let calls = message.tool_calls.iter().map(call).collect::<Result<Vec<_>, _>>()?;
+        turn.push(("tool_calls", calls.into()));
+    }
+    turn.extend(
+        message
+            .tool_call_id
+            .as_deref()
+            .map(|id| ("tool_call_id", Value::from(id))),
+    );
+    turn.extend(message.name.as_deref().map(|name| ("name", Value::from(name))));
+    Ok(Value::from_pairs(turn))
+}
+
+fn call(call: &ToolCall) -> Result<Value, TextError> {
+    let arguments = Value::from(Serde(json(&call.arguments)?));
+    let function = Value::from_pairs([("name", Value::from(call.name.as_str())), ("arguments", arguments)]);
+    Ok(Value::from_pairs([
+        ("id", Value::from(call.id.as_str())),
+        ("type", Value::from("function")),
+        ("function", function),
+    ]))
+}
+
+fn json(text: &str) -> Result<Json, TextError> {
+    serde_json::from_str(text).map_err(|error| TextError::Tool {
+        reason: error.to_string(),
+    })
 }
 
 fn describe(error: &Error) -> String {
@@ -322,16 +293,14 @@ mod tests {
             {% endfor %}{% endif %}{% if message.tool_call_id is defined %} of {{ message.tool_call_id }}{% endif %}{% endfor %}\
             {% if tools is none %}no tools{% endif %}";
         let template = ChatTemplate::new(Some(source), "", "").unwrap();
-        let tool: Json = serde_json::from_str(
-            r#"{"type": "function", "function": {"name": "tide", "description": "High water", "parameters":
-            {"type": "object", "properties": {"town": {"type": "string"}, "day": {"type": "integer"}}}}}"#,
-        )
-        .unwrap();
+        let tool = r#"{"type": "function", "function": {"name": "tide", "description": "High water", "parameters":
+            {"type": "object", "properties": {"town": {"type": "string"}, "day": {"type": "integer"}}}}}"#
+            .to_owned();
         let mut called = Message::new("assistant", "");
         called.tool_calls.push(ToolCall {
             id: "call_1".to_owned(),
             name: "tide".to_owned(),
-            arguments: serde_json::json!({ "town": "Delfzijl", "day": 3 }),
+            arguments: r#"{"town": "Delfzijl", "day": 3}"#.to_owned(),
         });
         let mut answer = Message::new("tool", "14:05");
         answer.tool_call_id = Some("call_1".to_owned());
@@ -356,10 +325,10 @@ mod tests {
         called.tool_calls.push(ToolCall {
             id: "1".to_owned(),
             name: "tide".to_owned(),
-            arguments: serde_json::json!({ "town": "Delfzijl" }),
+            arguments: r#"{"town":"Delfzijl"}"#.to_owned(),
         });
         let turns = [Message::new("user", "When?"), called, Message::new("tool", "14:05")];
-        let tool = serde_json::json!({ "type": "function", "function": { "name": "tide" } });
+        let tool = r#"{"type": "function", "function": {"name": "tide"}}"#.to_owned();
         let prompt = template.render(&turns, std::slice::from_ref(&tool)).unwrap();
         assert!(
             prompt.starts_with("<|im_start|>system\nYou can call these tools"),

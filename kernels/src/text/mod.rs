@@ -14,7 +14,7 @@ mod tokenizer;
 mod tool_words;
 mod vocabulary;
 
-pub use chat::{ChatTemplate, Message, ToolCall};
+pub use chat::ChatTemplate;
 pub use grammar::{GrammarState, GrammarTokens, TokenSet};
 pub use make::{BEGIN_TEXT, END_TEXT, byte_level_bpe, bytes};
 pub use sentencepiece::from_sentencepiece;
@@ -40,6 +40,8 @@ pub enum TextError {
     Template { reason: String },
     #[error("the model's chat template refuses this conversation: {reason}")]
     Render { reason: String },
+    #[error("a tool, or a call of one, is not in JSON: {reason}")]
+    Tool { reason: String },
     #[error("the answer cannot keep to this JSON schema: {reason}")]
     Grammar { reason: String },
     #[error("the prompt is {found} bytes long, over the limit of {limit}")]

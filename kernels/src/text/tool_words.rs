@@ -1,9 +1,7 @@
 //! Tools in plain words, for models whose template knows none: what may be called is told in the system message, calls and
 //! answers stand between tags, as in the template of Hermes.
 
-use serde_json::{Value as Json, json};
-
-use super::Message;
+use polder_protocol::work::Message;
 
 /// Whether a template writes tools out by itself.
 pub(super) fn knows_tools(template: &str) -> bool {
@@ -11,7 +9,7 @@ pub(super) fn knows_tools(template: &str) -> bool {
 }
 
 /// The conversation with tools in words. Roles are those that every template takes.
-pub(super) fn in_words(messages: &[Message], tools: &[Json]) -> Vec<Message> {
+pub(super) fn in_words(messages: &[Message], tools: &[String]) -> Vec<Message> {
     let mut spoken: Vec<Message> = messages.iter().map(spoken).collect();
     if tools.is_empty() {
         return spoken;
@@ -24,7 +22,7 @@ pub(super) fn in_words(messages: &[Message], tools: &[Json]) -> Vec<Message> {
     spoken
 }
 
-fn instruction(tools: &[Json]) -> String {
+fn instruction(tools: &[String]) -> String {
     let mut text = "You can call these tools, each described by a JSON object:\n<tools>\n".to_owned();
     for tool in tools {
         text.push_str(&format!("{tool}\n"));
@@ -46,8 +44,10 @@ fn spoken(message: &Message) -> Message {
         if !content.is_empty() {
             content.push('\n');
         }
-        let call = json!({ "name": call.name, "arguments": call.arguments });
-        content.push_str(&format!("<tool_call>{call}</tool_call>"));
+        let (name, arguments) = (serde_json::Value::from(call.name.as_str()), &call.arguments);
+        content.push_str(&format!(
+            "<tool_call>{{\"name\":{name},\"arguments\":{arguments}}}</tool_call>"
+        ));
     }
     Message::new(&message.role, &content)
 }

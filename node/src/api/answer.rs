@@ -53,14 +53,15 @@ pub(super) async fn answer(
 }
 
 impl Frame {
-    fn new(shape: Shape) -> Self {
+    fn new(mut shape: Shape) -> Self {
+        let tools = std::mem::take(&mut shape.tools);
         let prefix = if shape.chat { "chatcmpl" } else { "cmpl" };
         let number = getrandom::u64().unwrap_or_default();
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         Self {
             id: format!("{prefix}-{}", hex(&number.to_le_bytes())),
             created: now.map_or(0, |since| since.as_secs()),
-            calls: (!shape.tools.is_empty()).then(|| Calls::of(shape.tools.clone())),
+            calls: (!tools.is_empty()).then(|| Calls::of(tools)),
             shape,
         }
     }

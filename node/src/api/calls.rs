@@ -11,6 +11,8 @@
 use polder_protocol::hash::hex;
 use serde_json::{Map, Value, json};
 
+use crate::serve::marks;
+
 /// What calls begin with, wherever it stands.
 const MARKS: [&str; 4] = ["<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<|tools_prefix|>"];
 
@@ -139,20 +141,11 @@ impl Calls {
 
     /// Gives words out up to a mark, or to what may be the beginning of one.
     fn words(&mut self, mut text: String) -> String {
-        if let Some(at) = MARKS.iter().filter_map(|mark| text.find(mark)).min() {
+        if let Some(at) = marks::find(&text, MARKS) {
             self.state = State::Held(text.split_off(at));
             return text;
         }
-        let may_begin = |at: &usize| {
-            let tail = text.get(*at..).unwrap_or_default();
-            MARKS.iter().any(|mark| mark.starts_with(tail))
-        };
-        let keep_from = text
-            .char_indices()
-            .map(|(at, _)| at)
-            .find(may_begin)
-            .unwrap_or(text.len());
-        self.state = State::Words(text.split_off(keep_from));
+        self.state = State::Words(text.split_off(marks::may_begin(&text, MARKS)));
         text
     }
 

@@ -6,6 +6,7 @@
 mod gateway;
 mod host;
 mod kept;
+pub(crate) mod marks;
 mod past;
 mod seat;
 mod streams;

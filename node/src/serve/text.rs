@@ -6,7 +6,7 @@ use bytes::Bytes;
 use polder_protocol::hash::EpochId;
 use polder_protocol::work::{Answer, Grammar, Prompt, Task, TextId};
 
-use super::{Inner, ServeError};
+use super::{Inner, ServeError, marks};
 use crate::device::{DeviceError, Life};
 
 /// What a decoder writes for bytes that are not (yet) UTF-8.
@@ -180,18 +180,12 @@ impl Stops {
     /// The text that can be given out now, and whether a stop string ended it.
     pub(super) fn push(&mut self, piece: &str) -> (String, bool) {
         self.held.push_str(piece);
-        let found = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min();
-        if let Some(at) = found {
+        let stops = self.stops.iter().map(String::as_str);
+        if let Some(at) = marks::find(&self.held, stops.clone()) {
             self.held.truncate(at);
             return (std::mem::take(&mut self.held), true);
         }
-        let may_begin = |at: &usize| {
-            let tail = self.held.get(*at..).unwrap_or_default();
-            self.stops.iter().any(|stop| stop.starts_with(tail))
-        };
-        let starts = self.held.char_indices().map(|(at, _)| at);
-        let keep_from = starts.into_iter().find(may_begin).unwrap_or(self.held.len());
-        let kept = self.held.split_off(keep_from);
+        let kept = self.held.split_off(marks::may_begin(&self.held, stops));
         (std::mem::replace(&mut self.held, kept), false)
     }
 

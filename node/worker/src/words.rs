@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use polder_kernels::text::{ChatTemplate, GrammarTokens, Message, Tokenizer, ToolCall};
-use polder_protocol::work::{self, Answer, Grammar, Prompt, Task, TextId};
-use serde_json::Value;
+use polder_kernels::text::{ChatTemplate, GrammarTokens, Tokenizer};
+use polder_protocol::work::{Answer, Grammar, Prompt, Task, TextId};
 
 use crate::host::Engine;
 
@@ -112,8 +111,6 @@ impl Text {
         let tokens = match prompt {
             Prompt::Plain(text) => self.tokenizer.encode(&text).map_err(|error| error.to_string())?,
             Prompt::Chat { messages, tools } => {
-                let messages = messages.into_iter().map(message).collect::<Result<Vec<_>, _>>()?;
-                let tools = tools.iter().map(|tool| json(tool)).collect::<Result<Vec<_>, _>>()?;
                 let text = self.template.render(&messages, &tools);
                 let text = text.map_err(|error| error.to_string())?;
                 // Templates write special tokens out.
@@ -126,29 +123,4 @@ impl Text {
         }
         Ok(tokens)
     }
-}
-
-fn message(message: work::Message) -> Result<Message, String> {
-    let call = |call: work::ToolCall| {
-        Ok(ToolCall {
-            id: call.id,
-            name: call.name,
-            arguments: json(&call.arguments)?,
-        })
-    };
-    Ok(Message {
-        role: message.role,
-        content: message.content,
-        tool_calls: message
-            .tool_calls
-            .into_iter()
-            .map(call)
-            .collect::<Result<_, String>>()?,
-        tool_call_id: message.tool_call_id,
-        name: message.name,
-    })
-}
-
-fn json(text: &str) -> Result<Value, String> {
-    serde_json::from_str(text).map_err(|error| format!("a tool or a call of one: {error}"))
 }
