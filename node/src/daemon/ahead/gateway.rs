@@ -1,6 +1,5 @@
 //! Tries the ways to a gateway, and says what came of each.
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use futures::future::join_all;
