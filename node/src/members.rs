@@ -382,7 +382,8 @@ mod tests {
             }],
             models: String::new(),
             policies: String::new(),
-            created: unix_now(),
+            // Not now: made a second later it would found another federation.
+            created: UnixSeconds(1_700_000_000),
             doors: Vec::new(),
         });
         signed.sign(&institution());
