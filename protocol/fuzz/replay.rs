@@ -4,8 +4,11 @@
 use std::fs;
 use std::path::Path;
 
+/// A target and its name.
+type Named<'a> = (&'a str, fn(&[u8]));
+
 /// Gives each target all of its corpus, a folder of the target's name in `corpus`.
-pub(crate) fn all(corpus: &Path, targets: &[(&str, fn(&[u8]))]) {
+pub(crate) fn all(corpus: &Path, targets: &[Named<'_>]) {
     for (name, target) in targets {
         let mut inputs = 0;
         for entry in fs::read_dir(corpus.join(name)).unwrap_or_else(|error| panic!("corpus of {name}: {error}")) {
@@ -20,7 +23,7 @@ pub(crate) fn all(corpus: &Path, targets: &[(&str, fn(&[u8]))]) {
 
 /// Holds what honest peers send, some inputs for each target, against the corpus. With `POLDER_WRITE_SEEDS=1` in the
 /// environment it is written there first.
-pub(crate) fn honest(corpus: &Path, targets: &[(&str, fn(&[u8]))], honest: Vec<(&str, Vec<Vec<u8>>)>) {
+pub(crate) fn honest(corpus: &Path, targets: &[Named<'_>], honest: Vec<(&str, Vec<Vec<u8>>)>) {
     let names: Vec<&str> = honest.iter().map(|(name, _)| *name).collect();
     assert_eq!(names, targets.iter().map(|(name, _)| *name).collect::<Vec<_>>());
     for (name, inputs) in honest {
