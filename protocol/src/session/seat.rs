@@ -157,7 +157,7 @@ impl Seat {
                 tokens,
                 more,
                 replay,
-            }) if self.has_embedding => self.take_tokens(attempt, position, &tokens, more, replay),
+            }) if self.has_embedding => self.take_tokens(attempt, position, &tokens, more, replay, effects),
             // The driver answers pings without waiting for the machine.
             SeatInput::Told(ToSeat::Tokens { .. } | ToSeat::Ping) => {}
             SeatInput::Fed { from, feed, payload } => self.fed(from, feed, payload, effects),
@@ -203,8 +203,16 @@ impl Seat {
             return;
         }
         self.wiring = Some(wiring);
+        // What is under way belongs to the attempt before: its rows are not kept, so they are to come again.
+        let undone = self
+            .computing
+            .iter()
+            .chain(&self.pieces)
+            .map(|piece| piece.position)
+            .min();
+        let done = undone.map_or(self.position_next, |undone| undone.min(self.position_next));
         self.pieces.clear();
-        self.position_next = self.position_next.min(wiring.positions);
+        self.position_next = done.min(wiring.positions);
         self.journal.forget_from(wiring.positions);
         let attempt = wiring.attempt;
         effects.push(SeatEffect::Say(FromSeat::Wired { attempt }));
@@ -251,7 +259,7 @@ impl Seat {
         }
         match feed {
             Feed::Token { position, token, .. } if self.has_embedding => {
-                self.take_tokens(attempt, position, &[token], false, false);
+                self.take_tokens(attempt, position, &[token], false, false, effects);
             }
             Feed::Hidden {
                 position, more, replay, ..
@@ -274,13 +282,21 @@ impl Seat {
                     more,
                     replay,
                 };
-                self.take(piece);
+                self.take(piece, effects);
             }
             Feed::Token { .. } | Feed::Hidden { .. } => {}
         }
     }
 
-    fn take_tokens(&mut self, attempt: u32, position: u32, tokens: &[u32], more: bool, replay: bool) {
+    fn take_tokens(
+        &mut self,
+        attempt: u32,
+        position: u32,
+        tokens: &[u32],
+        more: bool,
+        replay: bool,
+        effects: &mut Vec<SeatEffect>,
+    ) {
         if self.wiring_of(attempt).is_none() {
             return;
         }
@@ -288,7 +304,7 @@ impl Seat {
         let mut chunks = tokens.chunks(CHUNK_ROWS).peekable();
         while let Some(chunk) = chunks.next() {
             let rows = u32::try_from(chunk.len()).unwrap_or(u32::MAX);
-            self.take(Piece {
+            let piece = Piece {
                 attempt,
                 position,
                 rows,
@@ -296,17 +312,29 @@ impl Seat {
                 payload: Vec::new(),
                 more: more || chunks.peek().is_some(),
                 replay,
-            });
+            };
+            self.take(piece, effects);
             position = position.saturating_add(rows);
         }
     }
 
     /// Queues a piece that comes next. One that was taken before, or comes after a gap, is dropped.
-    fn take(&mut self, piece: Piece) {
+    fn take(&mut self, piece: Piece, effects: &mut Vec<SeatEffect>) {
         let end = piece.position.saturating_add(piece.rows);
         if piece.position == self.position_next && end <= self.context_tokens_max {
             self.position_next = end;
             self.pieces.push_back(piece);
+            return;
+        }
+        let attempt = piece.attempt;
+        let waits = self
+            .computing
+            .iter()
+            .chain(&self.pieces)
+            .any(|other| other.attempt == attempt);
+        if piece.replay && !piece.more && end <= self.position_next && !waits {
+            // All of it came in an attempt before, of whose end the gateway has not heard.
+            effects.push(SeatEffect::Say(FromSeat::Replayed { attempt }));
         }
     }
 
@@ -372,7 +400,7 @@ impl Seat {
         };
         let goes_on = !self.end_tokens.contains(&token) && position < self.context_tokens_max;
         if goes_on && wiring.next_seat == self.id {
-            self.take_tokens(attempt, position, &[token], false, false);
+            self.take_tokens(attempt, position, &[token], false, false, effects);
         } else if goes_on {
             effects.push(SeatEffect::Feed {
                 to: wiring.next,

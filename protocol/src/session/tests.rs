@@ -92,6 +92,24 @@ fn the_least_that_a_stage_has_is_what_all_use() {
     }
 }
 
+/// What came of a replay is not heard of any more, since the stage before is lost at that moment.
+#[test]
+fn a_stage_that_was_replayed_to_says_so_again_when_the_one_before_it_is_lost_meanwhile() {
+    let offers = vec![
+        offer(1, 0, 2),
+        offer(2, 2, 4),
+        offer(3, 4, 6),
+        offer(4, 0, 2),
+        offer(5, 2, 4),
+        offer(6, 4, 6),
+    ];
+    let mut world = World::new(offers, 0);
+    world.returns = true;
+    let (_, second) = world.two_turns(|world| world.losses = vec![(20, 2), (34, 1)]);
+    assert_eq!(second.text, second.alone);
+    assert_eq!(world.lost, 2);
+}
+
 proptest! {
     #[test]
     fn a_second_turn_is_the_same_whatever_was_lost_before_and_meanwhile(
