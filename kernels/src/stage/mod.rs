@@ -3,6 +3,11 @@
 mod cpu;
 mod engine;
 mod further;
+#[cfg(feature = "gpu")]
+mod packed;
+mod pages;
+mod plain_llama;
+mod sessions;
 mod tensors;
 mod weights;
 
@@ -253,6 +258,7 @@ impl ServeStage {
 
     /// Sets how many bytes the caches of all sessions may take together.
     pub fn set_cache_bytes_max(&mut self, bytes: u64) {
+        let bytes = bytes.min(self.engine.cache_bytes_most());
         self.cache_bytes_max = bytes;
         self.engine.set_cache_bytes_max(bytes);
     }
