@@ -6,7 +6,7 @@
 
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use polder_kernels::device::cube::{AdamWStep, AttentionShape, Cost, Cubes};
+use polder_kernels::device::cube::{AdamWStep, AttentionShape, Cost, Cubes, PagedRows};
 use polder_kernels::device::{Choice, Device};
 use polder_kernels::quant::{PackedMatrix, PackedType, narrow};
 use polder_protocol::codec::{ErrorFeedback, Form, HEADER_BYTES, Header};
@@ -151,23 +151,34 @@ fn attention_is_that_of_the_reference() {
             let (k, v) = (numbers(all * width, 21), numbers(all * width, 22));
             let mut right = vec![0.0; q.len()];
             attention(&mut right, &q, &k, &v, heads, kv_heads, head_dim);
-            let caches = [&k, &v].map(|rows| {
-                // What lies beyond the positions must not be read.
-                let cache = cubes.upload(&vec![f32::NAN; (all + 3) * width]);
-                let (before, new) = rows.split_at(position * width);
-                cubes.append(&cubes.upload(before), &cache, 0, width).unwrap();
-                cubes.append(&cubes.upload(new), &cache, position, width).unwrap();
-                assert!(cubes.append(&cubes.upload(new), &cache, all + 3, width).is_err());
-                cache
-            });
             let shape = AttentionShape {
                 heads,
                 kv_heads,
                 head_dim,
             };
+            // Pages of five positions in an order of their own, among others that must not be read.
+            const PAGE: usize = 5;
+            let pages: Vec<u32> = (0..all.div_ceil(PAGE) as u32).rev().map(|page| 2 * page + 1).collect();
+            let room = 2 * pages.len() * PAGE * width;
+            let span = |position, rows| PagedRows {
+                pages: &pages,
+                position,
+                rows,
+            };
+            let before = cubes.place(PAGE, &[span(0, position)]).unwrap();
+            let places = cubes.place(PAGE, &[span(position, queries)]).unwrap();
+            let caches = [&k, &v].map(|rows| {
+                let cache = cubes.upload(&vec![f32::NAN; room]);
+                let (held, new) = rows.split_at(position * width);
+                cubes.append(&cubes.upload(held), &cache, &before, width).unwrap();
+                cubes.append(&cubes.upload(new), &cache, &places, width).unwrap();
+                let short = cubes.part(&cache, 0, room - PAGE * width).unwrap();
+                assert!(cubes.append(&cubes.upload(new), &short, &places, width).is_err());
+                cache
+            });
             let on_device = cubes.upload(&q);
             let out = cubes
-                .attend(shape, &on_device, &caches[0], &caches[1], position)
+                .attend(shape, &on_device, &caches[0], &caches[1], &places)
                 .unwrap();
             near(
                 &cubes.read(&out).unwrap(),
@@ -176,17 +187,88 @@ fn attention_is_that_of_the_reference() {
                 &format!("{position} {shape:?}"),
             );
             told("attend", Cost::attend(shape, queries, position));
-            assert!(
-                cubes
-                    .attend(shape, &on_device, &caches[0], &caches[1], all + 9)
-                    .is_err()
-            );
+            let more = cubes.place(PAGE, &[span(0, all)]).unwrap();
+            if position > 0 {
+                assert!(cubes.attend(shape, &on_device, &caches[0], &caches[1], &more).is_err());
+            }
+            assert!(cubes.place(PAGE, &[span(all, PAGE)]).is_err());
             let wrong = AttentionShape {
                 kv_heads: heads + 1,
                 ..shape
             };
-            assert!(cubes.attend(wrong, &on_device, &caches[0], &caches[1], 0).is_err());
+            assert!(
+                cubes
+                    .attend(wrong, &on_device, &caches[0], &caches[1], &places)
+                    .is_err()
+            );
         }
+    });
+}
+
+#[test]
+fn rows_of_several_sessions_see_their_own_pages_alone() {
+    with_kernels(|cubes| {
+        const PAGE: usize = 4;
+        let shape = AttentionShape {
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 10,
+        };
+        let width = shape.kv_heads * shape.head_dim;
+        // Positions before, and rows of each; the third shares the first page of the second.
+        let sessions: [(&[u32], usize, usize); 3] = [(&[6, 0, 3], 7, 3), (&[2, 5], 4, 1), (&[2, 1], 5, 3)];
+        let keys: Vec<Vec<f32>> = (0..3).map(|session| numbers(12 * width, 30 + session)).collect();
+        let values: Vec<Vec<f32>> = (0..3).map(|session| numbers(12 * width, 40 + session)).collect();
+        let shared = |all: &[Vec<f32>]| {
+            let mut third = all[2].clone();
+            third[..PAGE * width].copy_from_slice(&all[1][..PAGE * width]);
+            [all[0].clone(), all[1].clone(), third]
+        };
+        let (keys, values) = (shared(&keys), shared(&values));
+        let cache = |all: &[Vec<f32>; 3]| {
+            let cache = cubes.upload(&vec![f32::NAN; 7 * PAGE * width]);
+            for ((pages, position, rows), numbers) in sessions.iter().zip(all) {
+                let end = position + rows;
+                let places = [PagedRows {
+                    pages,
+                    position: 0,
+                    rows: end,
+                }];
+                let places = cubes.place(PAGE, &places).unwrap();
+                let new = cubes.upload(&numbers[..end * width]);
+                cubes.append(&new, &cache, &places, width).unwrap();
+            }
+            cache
+        };
+        let (on_keys, on_values) = (cache(&keys), cache(&values));
+        let places = sessions.map(|(pages, position, rows)| PagedRows { pages, position, rows });
+        let places = cubes.place(PAGE, &places).unwrap();
+        let q = numbers(7 * shape.heads * shape.head_dim, 50);
+        let out = cubes
+            .attend(shape, &cubes.upload(&q), &on_keys, &on_values, &places)
+            .unwrap();
+        let mut right = vec![0.0; q.len()];
+        let mut first = 0;
+        for ((_, position, rows), (keys, values)) in sessions.iter().zip(keys.iter().zip(&values)) {
+            let own = first * shape.heads * shape.head_dim..(first + rows) * shape.heads * shape.head_dim;
+            first += rows;
+            let seen = (position + rows) * width;
+            attention(
+                &mut right[own.clone()],
+                &q[own],
+                &keys[..seen],
+                &values[..seen],
+                shape.heads,
+                shape.kv_heads,
+                shape.head_dim,
+            );
+        }
+        near(&cubes.read(&out).unwrap(), &right, 1e-5, "three sessions");
+        let moved = Cost::append(7, width);
+        assert_eq!(
+            (moved.read, moved.written),
+            (4 * 7 * width as u64 + 28, 4 * 7 * width as u64)
+        );
     });
 }
 

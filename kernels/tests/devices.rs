@@ -12,9 +12,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use golden_case::{Golden, largest, largest_difference};
 use polder_kernels::device::Device;
-use polder_kernels::stage::{Input, Output, ServeStage, StageError, Want};
+use polder_kernels::quant::PackedType;
+use polder_kernels::stage::{Input, Output, ServeStage, StageError, Step, Want};
 use polder_kernels::train::{TrainError, TrainInput, TrainOutput, TrainStage};
-use polder_kernels::weights::import;
+use polder_kernels::weights::{import, quantise};
 use polder_protocol::layout::BlockRange;
 use polder_protocol::work::Weights;
 use settings::inner;
@@ -210,6 +211,114 @@ fn what_does_not_fit_a_device_is_refused() {
         let refused = stage.forward(0, input);
         assert!(matches!(refused, Err(TrainError::DeviceBuffer { .. })), "{refused:?}");
     });
+}
+
+/// On a graphics device, where our own kernels multiply packed weights; the CPU computes the same for comparison.
+#[test]
+fn sessions_in_pages_share_their_past_and_run_together() {
+    let _turn = turn();
+    let golden = Golden::open("llama_rope_llama3");
+    let folder = tempfile::tempdir().unwrap();
+    let packed = quantise(
+        &golden.config_json,
+        &golden.part_files,
+        PackedType::Q8_0,
+        &folder.path().join("packed"),
+        &mut |_| {},
+    );
+    let packed = packed.unwrap();
+    let load = |weights, device: &Device| {
+        let range = BlockRange::whole(3);
+        ServeStage::load(&golden.config_json, range, &packed.part_files, weights, device).unwrap()
+    };
+    let long: Vec<u32> = (0..300).map(|i| i * 7 % 512).collect();
+    let vocabulary = golden.config.vocabulary;
+    let cpu = Device::cpu();
+    let Some(device) = graphics_device() else { return };
+    // Widened: the CPU rounds activations to eight bits where weights are packed, and the device does not.
+    let (mut ours, mut right) = (load(Weights::Packed, device), load(Weights::F32, &cpu));
+    let page = ours.session_bytes(65) - ours.session_bytes(64);
+    let run = |stage: &mut ServeStage, session: u64, position: u32, tokens: &[u32]| -> Vec<f32> {
+        match stage.forward(session, position, Input::Tokens(tokens), Want::AllLogits) {
+            Ok(Output::Logits(logits)) => logits,
+            other => panic!("{other:?}"),
+        }
+    };
+    let near = |what: &str, ours: &[f32], right: &[f32]| {
+        let error = largest_difference(ours, right) / largest(right);
+        assert!(error < 1e-4, "{what}: {error}");
+    };
+
+    // A prompt in pieces, over the ends of pages, costs the pages that it fills.
+    for stage in [&mut ours, &mut right] {
+        stage.open_session(1, 400).unwrap();
+        assert_eq!(stage.cache_bytes(), 0);
+    }
+    let mut whole = run(&mut ours, 1, 0, &long[..100]);
+    assert_eq!(ours.cache_bytes(), 2 * page);
+    whole.extend(run(&mut ours, 1, 100, &long[100..]));
+    assert_eq!(ours.cache_bytes(), 5 * page);
+    near("a long prompt", &whole, &run(&mut right, 1, 0, &long));
+
+    // A fork shares its past, and takes a page of its own to write.
+    assert_eq!(ours.fork_session(2, 1, 400), Ok(300));
+    assert_eq!(ours.cache_bytes(), 5 * page);
+    ours.truncate_session(2, 130).unwrap();
+    let other = [9, 8, 7];
+    let forked = run(&mut ours, 2, 130, &other);
+    assert_eq!(ours.cache_bytes(), 6 * page);
+    ours.open_session(3, 400).unwrap();
+    run(&mut ours, 3, 0, &long[..130]);
+    let alone = run(&mut ours, 3, 130, &other);
+    assert!(largest_difference(&forked, &alone) < 1e-4);
+    // The first has not been disturbed.
+    let again = run(&mut ours, 1, 290, &long[290..]);
+    assert!(largest_difference(&again, &whole[290 * vocabulary..]) < 1e-4);
+
+    // Rows of three sessions at once, among them a piece of a prompt, are those of each alone.
+    ours.truncate_session(3, 64).unwrap();
+    let step = |session, position: u32, tokens| Step {
+        session,
+        position,
+        input: Input::Tokens(tokens),
+    };
+    let steps = [
+        step(2, 133, &long[..1]),
+        step(3, 64, &long[64..170]),
+        step(1, 300, &long[5..6]),
+    ];
+    let together = ours.forward_together(&steps, Want::LastLogits).unwrap();
+    for (step, together) in steps.iter().zip(&together) {
+        let (Output::Logits(together), Input::Tokens(tokens)) = (together, step.input) else {
+            unreachable!()
+        };
+        let alone = run(&mut ours, step.session, step.position, tokens);
+        let error = largest_difference(together, &alone[alone.len() - vocabulary..]);
+        assert!(error < 1e-4, "session {}: {error}", step.session);
+    }
+
+    // A session that has ended is gone on from, until its room is needed.
+    ours.close_session(2);
+    ours.close_session(3);
+    ours.end_session(1);
+    assert_eq!(ours.open_session_from(4, 400, 1, 200), Ok(200));
+    let resumed = run(&mut ours, 4, 200, &long[200..210]);
+    assert!(largest_difference(&resumed, &whole[200 * vocabulary..210 * vocabulary]) < 1e-4);
+    ours.set_cache_bytes_max(7 * page);
+    let refused = ours.open_session(5, 65);
+    assert!(matches!(refused, Err(StageError::Memory { .. })), "{refused:?}");
+    ours.close_session(4);
+    ours.open_session(5, 400).unwrap();
+    run(&mut ours, 5, 0, &long);
+    assert_eq!(
+        ours.open_session_from(6, 0, 1, 200),
+        Err(StageError::Context { context: 0, max: 512 })
+    );
+    near(
+        "after all that",
+        &run(&mut ours, 5, 250, &long[250..]),
+        &run(&mut right, 1, 250, &long[250..]),
+    );
 }
 
 /// `POLDER_SMOLLM2_GGUF` names the file; `POLDER_GPU_SEQUENCES` says how many of the ten continuations to make, one by

@@ -3,6 +3,11 @@
 mod cpu;
 mod engine;
 mod further;
+#[cfg(feature = "gpu")]
+mod packed;
+mod pages;
+mod plain_llama;
+mod sessions;
 mod tensors;
 mod weights;
 
@@ -144,9 +149,10 @@ struct Session {
 impl ServeStage {
     /// Loads `range` from its part files, in the order of parts.
     ///
-    /// On the CPU `weights` says in which form matrices are kept and multiplied. Any other device computes a plain Llama
-    /// in tensors: there matrices are widened to f32, four bytes a parameter, whatever `weights` says. Other families
-    /// compute on the CPU whatever the device is.
+    /// On the CPU `weights` says in which form matrices are kept and multiplied. Any other device computes a plain Llama as
+    /// it can, whatever `weights` says: a graphics device with packed weights where it multiplies all of their types, and
+    /// otherwise in tensors, where matrices are widened to f32, four bytes a parameter. Other families compute on the CPU
+    /// whatever the device is.
     ///
     /// The last stage of a model whose projection is its embedding needs it too, unless it is also the first: the head's
     /// file holds it as `lm_head.weight`, or the embedding's file is given after the rest.
@@ -253,18 +259,19 @@ impl ServeStage {
 
     /// Sets how many bytes the caches of all sessions may take together.
     pub fn set_cache_bytes_max(&mut self, bytes: u64) {
+        let bytes = bytes.min(self.engine.cache_bytes_most());
         self.cache_bytes_max = bytes;
         self.engine.set_cache_bytes_max(bytes);
     }
 
-    /// Bytes that the caches of all sessions take now: on the CPU those of the positions that they hold, ended sessions
-    /// included, elsewhere those of their contexts.
+    /// Bytes that the caches of all sessions take now: in pages those of the positions that they hold, ended sessions
+    /// included, in tensors those of their contexts.
     pub fn cache_bytes(&self) -> u64 {
         self.engine.cache_bytes().unwrap_or(self.cache_bytes)
     }
 
-    /// Opens a session that is sure of room for its context. On the CPU the room is taken as positions come. A session that
-    /// is open already starts anew.
+    /// Opens a session that is sure of room for its context. In pages the room is taken as positions come, so a device may
+    /// still say that it has none. A session that is open already starts anew.
     ///
     /// # Errors
     ///
@@ -278,12 +285,12 @@ impl ServeStage {
     }
 
     /// As [`ServeStage::open_session`], going on from the first `positions` positions of another session of the same owner,
-    /// which is open, or was ended with [`ServeStage::end_session`]. On the CPU both hold the same pages from then on, and
-    /// whoever writes to one takes a copy.
+    /// which is open, or was ended with [`ServeStage::end_session`]. Both hold the same pages from then on, and whoever
+    /// writes to one takes a copy.
     ///
     /// Tells how many positions the session has: fewer where the other has fewer, and none where it is gone or its recurrent
-    /// state cannot go back so far, or on any other device. They are the caller's to check: that session must have had the
-    /// same input there.
+    /// state cannot go back so far, or where caches are not held in pages: in tensors. They are the caller's to check: that
+    /// session must have had the same input there.
     ///
     /// # Errors
     ///
@@ -338,7 +345,7 @@ impl ServeStage {
         self.engine.earliest(session) as u32 // Within the session's room.
     }
 
-    /// Ends a session. On the CPU its positions are kept as long as nobody needs the room, so that another can go on from
+    /// Ends a session. Its pages are kept as long as nobody needs the room, so that another can go on from
     /// them with [`ServeStage::open_session_from`]. [`ServeStage::close_session`] frees them.
     pub fn end_session(&mut self, session: u64) {
         if let Some(ended) = self.sessions.remove(&session) {
@@ -407,8 +414,8 @@ impl ServeStage {
         Ok(output)
     }
 
-    /// Runs some positions of several sessions as one batch: on the CPU each weight is read once for all of them, and each
-    /// session gets the bits that it would get alone. Outputs come in the order of `steps`.
+    /// Runs some positions of several sessions as one batch, unless they are held in tensors: each weight is read once for all
+    /// of them. On the CPU each session gets the bits that it would get alone. Outputs come in the order of `steps`.
     ///
     /// # Errors
     ///

@@ -1,9 +1,9 @@
-//! Causal attention with grouped queries over a preallocated cache, without a matrix of scores.
+//! Causal attention with grouped queries over a cache in pages, without a matrix of scores.
 
 use cubecl::prelude::*;
 
-use super::memory::{one_cube_each, one_unit_each, size, small, units};
-use super::{Cost, CubeError, Cubes, Floats, UNITS};
+use super::memory::{one_cube_each, size, small, units};
+use super::{Cost, CubeError, Cubes, Floats, Places, UNITS};
 
 /// The sizes of an attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,37 +19,34 @@ pub struct AttentionShape {
 /// What shared memory is for in the smallest of devices, two heads of it.
 const HEAD_DIM_MAX: usize = 1_024;
 
-/// Copies `count` elements from `from` on to `to` on.
-#[cube(launch)]
-fn copy(source: &[f32], target: &mut [f32], from: u32, to: u32, count: u32) {
-    if ABSOLUTE_POS < count as usize {
-        target[ABSOLUTE_POS + to as usize] = source[ABSOLUTE_POS + from as usize];
-    }
-}
-
-/// One cube for each head of each query. Positions come in tiles of one for each unit: the units score a position each,
+/// One cube for each head of each query, whose session's pages begin in `tables` where `seen` says. Positions come in tiles of one for each unit: the units score a position each,
 /// and then sum up an element of the answer each. What was summed up is scaled whenever a tile has a larger score.
 #[cube(launch)]
 fn attend(
     q: &[f32],
     keys: &[f32],
     values: &[f32],
+    tables: &[u32],
+    seen: &[u32],
     out: &mut [f32],
     queries: u32,
-    position: u32,
     heads: u32,
     kv_heads: u32,
     scale: f32,
     #[comptime] head_dim: u32,
+    #[comptime] page: u32,
     #[comptime] units: u32,
 ) {
     let mut query = Shared::<[f32]>::new_slice(head_dim as usize);
     let mut sums = Shared::<[f32]>::new_slice(head_dim as usize);
     let mut scores = Shared::<[f32]>::new_slice(units as usize);
+    // Where each position of a tile lies.
+    let mut places = Shared::<[u32]>::new_slice(units as usize);
     let row = CUBE_POS as u32;
     if row < queries * heads {
         let head = row % heads;
-        let visible = position + row / heads + 1u32;
+        let visible = seen[(row / heads * 2u32) as usize];
+        let table = seen[(row / heads * 2u32 + 1u32) as usize];
         let kv = head / (heads / kv_heads);
         let mut element = UNIT_POS;
         while element < head_dim {
@@ -66,7 +63,9 @@ fn attend(
             let mut score = f32::new(-1e30f32);
             if other < visible {
                 score = f32::new(0.0f32);
-                let key = (other * kv_heads + kv) * head_dim;
+                let place = tables[(table + other / page) as usize] * page + other % page;
+                places[UNIT_POS as usize] = place;
+                let key = (place * kv_heads + kv) * head_dim;
                 for element in 0..head_dim {
                     score += query[element as usize] * keys[(key + element) as usize];
                 }
@@ -97,7 +96,7 @@ fn attend(
             while element < head_dim {
                 let mut sum = sums[element as usize] * kept;
                 for i in 0..count {
-                    let value = ((tile + i) * kv_heads + kv) * head_dim + element;
+                    let value = (places[i as usize] * kv_heads + kv) * head_dim + element;
                     sum += scores[i as usize] * values[value as usize];
                 }
                 sums[element as usize] = sum;
@@ -115,78 +114,14 @@ fn attend(
 }
 
 impl Cubes {
-    /// Writes keys or values of positions `position ..` into a cache.
+    /// Attends from queries to all positions up to each of its own session, with the online softmax of Milakov and Gimelshein
+    /// (2018): a prefill and the decoding of one position alike, and those of several sessions at once.
     ///
     /// # Shapes
     ///
-    /// - `new`: `[n, width]`; `cache`: `[capacity, width]`
-    ///
-    /// # Errors
-    ///
-    /// [`CubeError`] where the cache has no room for them.
-    pub fn append(&self, new: &Floats, cache: &Floats, position: usize, width: usize) -> Result<(), CubeError> {
-        let first = size("a position", &[position, width])?;
-        let whole = width > 0 && new.len().is_multiple_of(width);
-        if !whole || first.checked_add(new.len()).is_none_or(|end| end > cache.len()) {
-            return Err(CubeError::Length {
-                what: "a cache",
-                found: cache.len(),
-                expected: first.saturating_add(new.len()),
-            });
-        }
-        size("a cache", &[cache.len()])?;
-        if !new.is_empty() {
-            copy::launch(
-                self.client(),
-                one_unit_each(new.len()),
-                units(),
-                new.argument(),
-                cache.argument(),
-                0,
-                small(first),
-                small(new.len()),
-            );
-        }
-        Ok(())
-    }
-
-    /// Copies `count` elements from `first` on.
-    ///
-    /// # Errors
-    ///
-    /// [`CubeError`] where there are fewer.
-    pub fn part(&self, values: &Floats, first: usize, count: usize) -> Result<Floats, CubeError> {
-        if first.checked_add(count).is_none_or(|end| end > values.len()) {
-            return Err(CubeError::Length {
-                what: "a part's whole",
-                found: values.len(),
-                expected: first.saturating_add(count),
-            });
-        }
-        size("a part's whole", &[values.len()])?;
-        let out = self.room(count);
-        if count > 0 {
-            copy::launch(
-                self.client(),
-                one_unit_each(count),
-                units(),
-                values.argument(),
-                out.argument(),
-                small(first),
-                0,
-                small(count),
-            );
-        }
-        Ok(out)
-    }
-
-    /// Attends from queries at `position ..` to all positions up to each, with the online softmax of Milakov and
-    /// Gimelshein (2018): a prefill and the decoding of one position alike.
-    ///
-    /// # Shapes
-    ///
-    /// - `q`, the answer: `[queries, heads, head_dim]`
-    /// - `keys`, `values`: `[capacity, kv_heads, head_dim]`, of which `position + queries` are written
+    /// - `q`, the answer: `[rows of places, heads, head_dim]`
+    /// - `keys`, `values`: `[pages, positions of a page, kv_heads, head_dim]`, where the rows' own were written with
+    ///   [`Cubes::append`]
     ///
     /// # Errors
     ///
@@ -197,7 +132,7 @@ impl Cubes {
         q: &Floats,
         keys: &Floats,
         values: &Floats,
-        position: usize,
+        places: &Places,
     ) -> Result<Floats, CubeError> {
         let AttentionShape {
             heads,
@@ -218,18 +153,10 @@ impl Cubes {
                 limit: "1 to 1,024",
             });
         }
-        let queries = q.len() / size("a query", &[heads, head_dim])?.max(1);
+        let queries = places.rows();
         q.check("queries", size("queries", &[queries, heads, head_dim])?)?;
-        let width = size("a key", &[kv_heads, head_dim])?;
-        let read = size("keys", &[position.saturating_add(queries), width])?;
-        if read > keys.len() {
-            return Err(CubeError::Length {
-                what: "keys",
-                found: keys.len(),
-                expected: read,
-            });
-        }
-        values.check("values", size("keys", &[keys.len()])?)?;
+        places.check(keys, size("a key", &[kv_heads, head_dim])?)?;
+        values.check("values", keys.len())?;
         let out = self.room(q.len());
         if queries > 0 {
             attend::launch(
@@ -239,13 +166,15 @@ impl Cubes {
                 q.argument(),
                 keys.argument(),
                 values.argument(),
+                places.tables().argument(),
+                places.seen().argument(),
                 out.argument(),
                 small(queries),
-                small(position),
                 small(heads),
                 small(kv_heads),
                 1.0 / (head_dim as f32).sqrt(),
                 small(head_dim),
+                small(places.page_positions()),
                 UNITS,
             );
         }
@@ -254,12 +183,7 @@ impl Cubes {
 }
 
 impl Cost {
-    /// Of [`Cubes::append`].
-    pub const fn append(count: usize) -> Self {
-        Self::new(4 * count, 4 * count, 0)
-    }
-
-    /// Of [`Cubes::attend`]: each key and value read once, and what each query sees computed on.
+    /// Of [`Cubes::attend`] for queries of one session: each key and value read once, and what each query sees computed on.
     pub const fn attend(shape: AttentionShape, queries: usize, position: usize) -> Self {
         let AttentionShape {
             heads,

@@ -14,7 +14,8 @@ use std::sync::Arc;
 
 use super::elementwise::softmax;
 use super::lanes::{Lanes, Level, on_every_level};
-use super::pages::{PAGE_POSITIONS, Page, runs, written};
+use super::pages::{Page, written};
+use crate::stage::pages::{PAGE_POSITIONS, runs};
 use crate::team;
 
 /// Queries of one key-value head that are worked on together.
@@ -371,8 +372,9 @@ unsafe fn panel<L: Lanes, const R: usize, const C: usize>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::pages::{Pool, Table};
+    use super::super::pages::Memory;
     use super::*;
+    use crate::stage::pages::{Pool, Table};
 
     #[test]
     fn attention_meets_the_plain_loop_for_odd_shapes() {
@@ -454,8 +456,8 @@ mod tests {
         }
     }
 
-    fn room(shape: Shape, positions: usize) -> Table {
-        let mut pool = Pool::new(2 * shape.kv_heads * shape.head_dim);
+    fn room(shape: Shape, positions: usize) -> Table<Page> {
+        let mut pool = Pool::new(Memory::new(2 * shape.kv_heads * shape.head_dim));
         let mut table = Table::default();
         table.ready(&mut pool, 0, positions).unwrap();
         table

@@ -12,10 +12,12 @@ use super::latent::{LatentCache, LatentWeights};
 use super::mamba::MambaWeights;
 use super::matrix::product_finely;
 use super::mlp::MlpWeights;
-use super::pages::{PAGE_POSITIONS, Pool};
+use super::pages::Memory;
 use super::sequence::{self, Kept, Sequence};
 use crate::model::{Config, Frequencies};
 use crate::stage::further::FurtherWeights;
+use crate::stage::pages::{PAGE_POSITIONS, Pool};
+use crate::stage::sessions;
 use crate::stage::weights::StageWeights;
 use crate::stage::{Input, Output, Want};
 
@@ -49,12 +51,8 @@ pub(in crate::stage) enum LoadedMixer {
     Mamba(Box<MambaWeights>),
 }
 
-/// Rows of one session among those of several: what it kept, where they begin, and how many they are.
-pub(in crate::stage) struct Span<'a> {
-    pub(in crate::stage) sequence: &'a mut Sequence,
-    pub(in crate::stage) position: usize,
-    pub(in crate::stage) rows: usize,
-}
+/// Rows of one session among those of several.
+type Span<'a> = sessions::Span<'a, Sequence>;
 
 /// What happened inside a forward pass.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -102,17 +100,17 @@ impl Engine {
     }
 
     /// A session before its first position.
-    pub(super) fn sequence(&self) -> Sequence {
+    pub(in crate::stage) fn sequence(&self) -> Sequence {
         Sequence::new(self.sublayers())
     }
 
     /// The pages of all sessions.
-    pub(super) fn pool(&self) -> Pool {
+    pub(in crate::stage) fn pool(&self) -> Pool<Memory> {
         sequence::pool(self.sublayers())
     }
 
     /// Bytes of a session's recurrent states, however long it is.
-    pub(super) fn state_bytes(&self) -> u64 {
+    pub(in crate::stage) fn state_bytes(&self) -> u64 {
         sequence::state_bytes(self.sublayers())
     }
 
@@ -247,7 +245,8 @@ impl Engine {
         let mut x = weights.join.of(&joined, next.len());
         let n = next.len();
         let mut sequence = Sequence::new(weights.block.iter());
-        sequence.table.ready(&mut sequence::pool(weights.block.iter()), 0, n)?;
+        let mut pool = sequence::pool(weights.block.iter());
+        sequence.table.ready(&mut pool, 0, n).ok()?;
         // The module's first row has the rotation of the first token that follows.
         let turns = self.turns(1, n);
         for (index, sublayer) in weights.block.iter().enumerate() {

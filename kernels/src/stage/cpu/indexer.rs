@@ -7,11 +7,12 @@ use rayon::prelude::*;
 use super::dense::{Dense, LoadedNorm};
 use super::elementwise::Turns;
 use super::lanes::Level;
-use super::pages::{Page, runs, written};
+use super::pages::{Page, written};
 use super::product::strip_product;
 use crate::model::describe::Indexer;
 use crate::model::routing::largest;
 use crate::stage::StageError;
+use crate::stage::pages::runs;
 use crate::stage::weights::PartReader;
 
 /// The weights of one block's indexer.

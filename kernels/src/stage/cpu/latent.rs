@@ -12,10 +12,11 @@ use super::dense::{Dense, LoadedNorm};
 use super::elementwise::{Turns, softmax};
 use super::indexer::IndexerWeights;
 use super::lanes::Level;
-use super::pages::{PAGE_POSITIONS, Page, Run, runs, written};
+use super::pages::{Page, written};
 use super::product::strip_product;
 use crate::model::describe::{LatentAttention, LatentQuery};
 use crate::stage::StageError;
+use crate::stage::pages::{PAGE_POSITIONS, Run, runs};
 use crate::stage::weights::PartReader;
 
 /// The weights of one block's attention.

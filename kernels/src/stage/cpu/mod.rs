@@ -15,7 +15,6 @@ mod mlp;
 mod pages;
 mod product;
 mod sequence;
-mod sessions;
 
 pub(super) use dense::{Dense, LoadedNorm};
 pub(crate) use elementwise::{exp, expm1, softplus};
@@ -28,4 +27,4 @@ pub(super) use latent::LatentWeights;
 pub(super) use mamba::MambaWeights;
 pub(super) use matrix::Matrix;
 pub(super) use mlp::MlpWeights;
-pub(super) use sessions::Sessions;
+pub(super) use sequence::Sequence;

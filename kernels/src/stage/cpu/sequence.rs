@@ -2,12 +2,14 @@
 
 use super::engine::{LoadedMixer, LoadedSublayer};
 use super::mamba::MambaState;
-use super::pages::{PAGE_POSITIONS, Pool, Table};
+use super::pages::{Memory, Page};
+use crate::stage::pages::{PAGE_POSITIONS, Pool, Table};
+use crate::stage::sessions;
 
 /// What one session keeps, sublayer by sublayer of all blocks.
 #[derive(Debug)]
 pub(in crate::stage) struct Sequence {
-    pub(super) table: Table,
+    pub(super) table: Table<Page>,
     pub(super) kept: Vec<Kept>,
 }
 
@@ -43,9 +45,16 @@ impl Sequence {
             table: Table::default(),
         }
     }
+}
 
-    /// The earliest position, besides zero, from which the session can go on.
-    pub(in crate::stage) fn earliest(&self) -> usize {
+impl sessions::Sequence for Sequence {
+    type Store = Memory;
+
+    fn table(&mut self) -> &mut Table<Page> {
+        &mut self.table
+    }
+
+    fn earliest(&self) -> usize {
         let earliest = self.kept.iter().map(|kept| match kept {
             Kept::Mamba(state) => state.earliest(),
             _ => 0,
@@ -53,8 +62,7 @@ impl Sequence {
         earliest.max().unwrap_or(0)
     }
 
-    /// A sequence that goes on from the first `end` positions of this one, and shares their pages.
-    pub(super) fn fork(&self, end: usize) -> Self {
+    fn fork(&self, end: usize) -> Self {
         Self {
             table: self.table.share(end),
             kept: self.kept.clone(),
@@ -63,8 +71,10 @@ impl Sequence {
 }
 
 /// A pool of pages for sequences of these sublayers.
-pub(super) fn pool<'a>(sublayers: impl Iterator<Item = &'a LoadedSublayer>) -> Pool {
-    Pool::new(sublayers.map(|sublayer| position_floats(&sublayer.mixer)).sum())
+pub(super) fn pool<'a>(sublayers: impl Iterator<Item = &'a LoadedSublayer>) -> Pool<Memory> {
+    Pool::new(Memory::new(
+        sublayers.map(|sublayer| position_floats(&sublayer.mixer)).sum(),
+    ))
 }
 
 /// Bytes of a sequence's states, however long it is.

@@ -5,9 +5,9 @@ use std::ops::Range;
 use burn::tensor::activation::softmax;
 use burn::tensor::{Device, Tensor, TensorData};
 
-use super::Shape;
 use crate::model::Frequencies;
 use crate::stage::StageError;
+use crate::stage::plain_llama::Shape;
 
 /// Positions are read in whole steps of so many, so that few shapes occur: kernels are chosen, and with some drivers
 /// made, per shape.

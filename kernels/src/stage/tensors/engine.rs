@@ -4,13 +4,11 @@ use burn::tensor::activation::silu;
 use burn::tensor::{Tensor, TensorData};
 use polder_protocol::layout::BlockRange;
 
-use super::Shape;
 use super::attention::{Cache, POSITIONS_STEP, Positions, attend};
-#[cfg(feature = "gpu")]
-use super::packed::{Packed, PackedCache};
 use super::weight::Weight;
 use crate::device::Device;
-use crate::stage::cpu::{Dense, GroupedWeights, LoadedMixer, LoadedNorm, LoadedSublayer, Matrix, MlpWeights};
+use crate::stage::cpu::{Dense, LoadedNorm, Matrix};
+use crate::stage::plain_llama::{Parts, Shape};
 use crate::stage::weights::StageWeights;
 use crate::stage::{Input, Output, StageError, Want};
 
@@ -28,10 +26,6 @@ pub(in crate::stage) struct Engine {
     embedding: Option<Matrix>,
     blocks: Vec<Block>,
     head: Option<Head>,
-    /// In place of blocks and head, where our own kernels compute.
-    #[cfg(feature = "gpu")]
-    packed: Option<Packed>,
-    block_count: usize,
     bytes: u64,
 }
 
@@ -56,27 +50,10 @@ struct Head {
 
 /// Keys and values of one session, block by block.
 #[derive(Debug)]
-pub(in crate::stage) struct Sequence(Caches);
-
-#[derive(Debug)]
-enum Caches {
-    Tensors(Vec<Cache>),
-    #[cfg(feature = "gpu")]
-    Packed(Vec<PackedCache>),
-}
-
-impl Caches {
-    fn tensors(&mut self) -> Option<&mut Vec<Cache>> {
-        match self {
-            Self::Tensors(caches) => Some(caches),
-            #[cfg(feature = "gpu")]
-            Self::Packed(_) => None,
-        }
-    }
-}
+pub(in crate::stage) struct Sequence(Vec<Cache>);
 
 impl Engine {
-    /// Brings weights to the device: packed where our own kernels multiply all of them, else widened.
+    /// Brings weights to the device, widened.
     pub(in crate::stage) fn upload(
         shape: Shape,
         range: BlockRange,
@@ -86,26 +63,7 @@ impl Engine {
         let embedding = weights.embedding.as_ref();
         let head = weights.head.as_ref();
         let projection = head.and_then(|head| head.projection.as_ref().or(embedding));
-        let blocks = weights.blocks.iter().map(|block| Parts::of(block));
-        let blocks = blocks.collect::<Result<Vec<_>, _>>()?;
-        #[cfg(feature = "gpu")]
-        {
-            let both = head.and_then(|head| Some((&head.norm, projection?)));
-            if let Some(packed) = Packed::upload(&blocks, both, device)? {
-                let engine = Self {
-                    shape,
-                    device: device.clone(),
-                    block_count: blocks.len(),
-                    bytes: packed.bytes(),
-                    blocks: Vec::new(),
-                    head: None,
-                    packed: Some(packed),
-                    embedding: weights.embedding.filter(|_| range.has_embedding()),
-                };
-                engine.wait()?;
-                return Ok(engine);
-            }
-        }
+        let blocks = Parts::of_all(&weights)?;
         let matrices = blocks.iter().flat_map(|block| block.matrices()).chain(projection);
         let bytes = matrices
             .map(|matrix| matrix.rows() as u64 * matrix.cols() as u64 * 4)
@@ -127,11 +85,8 @@ impl Engine {
         let engine = Self {
             shape,
             device: device.clone(),
-            block_count: weights.blocks.len(),
             blocks: blocks.collect::<Result<_, _>>()?,
             head,
-            #[cfg(feature = "gpu")]
-            packed: None,
             bytes,
             embedding: weights.embedding.filter(|_| range.has_embedding()),
         };
@@ -143,10 +98,15 @@ impl Engine {
         self.bytes
     }
 
+    /// Width of the activations.
+    pub(in crate::stage) const fn hidden(&self) -> usize {
+        self.shape.hidden
+    }
+
     /// Bytes that a session of so many positions takes.
     pub(in crate::stage) fn sequence_bytes(&self, capacity: u64) -> u64 {
         let width = (self.shape.kv_heads * self.shape.head_dim) as u64;
-        capacity.next_multiple_of(POSITIONS_STEP as u64) * self.block_count as u64 * width * 2 * 4
+        capacity.next_multiple_of(POSITIONS_STEP as u64) * self.blocks.len() as u64 * width * 2 * 4
     }
 
     /// Room for `capacity` positions, which take `bytes`.
@@ -166,15 +126,8 @@ impl Engine {
             return Err(StageError::DeviceMemory { what: "caches", bytes });
         }
         let device = self.device.tensors();
-        let blocks = self.blocks.iter();
-        #[cfg(feature = "gpu")]
-        if let Some(packed) = &self.packed {
-            let sequence = Sequence(Caches::Packed(packed.caches(&self.shape, capacity)));
-            self.wait()?;
-            return Ok(sequence);
-        }
-        let caches = blocks.map(|_| Cache::new(&self.shape, capacity, device));
-        let sequence = Sequence(Caches::Tensors(caches.collect()));
+        let caches = self.blocks.iter().map(|_| Cache::new(&self.shape, capacity, device));
+        let sequence = Sequence(caches.collect());
         self.wait()?;
         Ok(sequence)
     }
@@ -193,22 +146,6 @@ impl Engine {
             Input::Tokens(tokens) => self.embed(tokens),
         };
         let n = x.len() / hidden;
-        #[cfg(feature = "gpu")]
-        if let (Some(packed), Caches::Packed(caches)) = (&self.packed, &sequence.0) {
-            let with_logits = packed.has_head() && want != Want::Hidden;
-            let (mut out, mut done) = (Vec::new(), 0);
-            while done < n {
-                let rows = self.chunk(position + done, with_logits).min(n - done);
-                let part = &x[done * hidden..][..rows * hidden];
-                let last = done + rows == n;
-                out.extend(packed.forward(&self.shape, caches, position + done, part, want, last)?);
-                done += rows;
-            }
-            return Ok(match with_logits {
-                true => Output::Logits(out),
-                false => Output::Hidden(out),
-            });
-        }
         let head = self.head.as_ref().filter(|_| want != Want::Hidden);
         let mut out = Vec::new();
         let mut done = 0;
@@ -260,8 +197,7 @@ impl Engine {
         let shape = &self.shape;
         let range = position..position + x.dims()[0];
         let positions = Positions::new(&shape.frequencies, range, self.device.tensors());
-        let caches = sequence.0.tensors().ok_or_else(|| failed("a cache of another kind"))?;
-        for (block, cache) in self.blocks.iter().zip(caches) {
+        for (block, cache) in self.blocks.iter().zip(&mut sequence.0) {
             let normed = rms_norm(x.clone(), &block.attention_norm, shape.epsilon);
             let projected = [&block.q, &block.k, &block.v].map(|weight| weight.multiply(&normed));
             let mixed = attend(shape, &positions, cache, projected)?;
@@ -280,41 +216,6 @@ impl Engine {
     /// Waits until the device has done what it was told, and reports what it could not.
     fn wait(&self) -> Result<(), StageError> {
         self.device.tensors().sync().map_err(failed)
-    }
-}
-
-/// A block's two sublayers, as a plain Llama has them.
-pub(super) struct Parts<'a> {
-    pub(super) attention_norm: &'a LoadedNorm,
-    pub(super) attention: &'a GroupedWeights,
-    pub(super) mlp_norm: &'a LoadedNorm,
-    pub(super) gate: &'a Dense,
-    pub(super) mlp: &'a MlpWeights,
-}
-
-impl<'a> Parts<'a> {
-    fn of(block: &'a [LoadedSublayer]) -> Result<Self, StageError> {
-        if let [attention, mlp] = block
-            && let (LoadedMixer::Attention(grouped), LoadedMixer::Mlp(perceptron)) = (&attention.mixer, &mlp.mixer)
-            && let Some(gate) = &perceptron.gate
-        {
-            return Ok(Self {
-                attention_norm: &attention.norm,
-                attention: grouped,
-                mlp_norm: &mlp.norm,
-                gate,
-                mlp: perceptron,
-            });
-        }
-        // The configuration was asked first, so this is no peer's doing.
-        Err(StageError::Kind {
-            takes: "blocks of a plain Llama",
-        })
-    }
-
-    pub(super) fn matrices(&self) -> [&'a Matrix; 7] {
-        let GroupedWeights { q, k, v, o, .. } = self.attention;
-        [q, k, v, o, self.gate, &self.mlp.up, &self.mlp.down].map(|dense| &dense.weight)
     }
 }
 

@@ -1,40 +1,66 @@
-//! The sessions of a stage on the CPU, those that have ended and may yet be gone on from, and the room of all.
+//! The sessions of a stage in pages, those that have ended and may yet be gone on from, and the room of all.
 
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 
-use super::engine::{Engine, Span};
-use super::pages::Pool;
-use super::sequence::Sequence;
-use crate::stage::{Input, StageError};
+use super::StageError;
+use super::pages::{Pool, Store, Table};
+
+/// What one session keeps of a stage.
+pub(in crate::stage) trait Sequence: Debug + Sized {
+    /// Where its pages are made.
+    type Store: Store;
+
+    /// Its pages.
+    fn table(&mut self) -> &mut Table<<Self::Store as Store>::Page>;
+
+    /// A sequence that goes on from the first `end` positions of this one, and shares their pages.
+    fn fork(&self, end: usize) -> Self;
+
+    /// The earliest position, besides zero, from which the session can go on.
+    fn earliest(&self) -> usize;
+}
+
+/// Rows of one session in a batch.
+#[derive(Debug)]
+pub(in crate::stage) struct Span<'a, Q> {
+    /// What the session keeps.
+    pub(in crate::stage) sequence: &'a mut Q,
+    /// Of the first row.
+    pub(in crate::stage) position: usize,
+    /// How many.
+    pub(in crate::stage) rows: usize,
+}
 
 /// The sequences of a stage, in one pool of pages.
 ///
 /// Open sessions are sure of their pages: the stage opens none whose context would not fit beside the contexts of the
 /// others. What they have not taken yet is lent to ended ones, of which the one that was left longest goes first.
 #[derive(Debug)]
-pub(in crate::stage) struct Sessions {
-    pool: Pool,
+pub(in crate::stage) struct Sessions<Q: Sequence> {
+    pool: Pool<Q::Store>,
     state_bytes: u64,
     bytes_max: u64,
-    open: BTreeMap<u64, Sequence>,
-    ended: BTreeMap<u64, Ended>,
+    open: BTreeMap<u64, Q>,
+    ended: BTreeMap<u64, Ended<Q>>,
     /// Counts endings and resumptions.
     clock: u64,
 }
 
 #[derive(Debug)]
-struct Ended {
-    sequence: Sequence,
+struct Ended<Q> {
+    sequence: Q,
     reached: usize,
     /// When it was used last.
     used: u64,
 }
 
-impl Sessions {
-    pub(in crate::stage) fn of(engine: &Engine) -> Self {
+impl<Q: Sequence> Sessions<Q> {
+    /// None yet, with pages of `pool` and so many bytes of state besides, however long a session is.
+    pub(in crate::stage) fn new(pool: Pool<Q::Store>, state_bytes: u64) -> Self {
         Self {
-            pool: engine.pool(),
-            state_bytes: engine.state_bytes(),
+            pool,
+            state_bytes,
             bytes_max: u64::MAX,
             open: BTreeMap::new(),
             ended: BTreeMap::new(),
@@ -53,21 +79,26 @@ impl Sessions {
         self.pool.held() as u64 * self.pool.page_bytes() + self.states()
     }
 
-    /// Makes a session that is not open.
-    pub(in crate::stage) fn open(&mut self, engine: &Engine, session: u64) {
-        self.make_room(0, self.state_bytes);
-        self.open.insert(session, engine.sequence());
+    /// Where the pages are.
+    pub(in crate::stage) const fn store(&self) -> &Q::Store {
+        self.pool.store()
     }
 
-    /// Makes a session that is not open, and goes on from another that is open or has ended: from its first `positions`
+    /// Opens a session that is not open, with what it keeps before its first position.
+    pub(in crate::stage) fn open(&mut self, session: u64, first: Q) {
+        self.make_room(0, self.state_bytes);
+        self.open.insert(session, first);
+    }
+
+    /// Opens a session that is not open, and goes on from another that is open or has ended: from its first `positions`
     /// positions, or as many as it has. Tells how many; zero where that session is gone or cannot go back so far.
     pub(in crate::stage) fn open_from(
         &mut self,
-        engine: &Engine,
         session: u64,
         from: u64,
         reached: usize,
         positions: usize,
+        first: impl FnOnce() -> Q,
     ) -> usize {
         self.clock += 1;
         // Used now, so room is made at the cost of others first.
@@ -83,7 +114,7 @@ impl Sessions {
         let positions = positions.min(reached);
         let (sequence, taken) = match source.filter(|source| positions > 0 && source.earliest() <= positions) {
             Some(source) => (source.fork(positions), positions),
-            None => (engine.sequence(), 0),
+            None => (first(), 0),
         };
         self.open.insert(session, sequence);
         taken
@@ -93,7 +124,7 @@ impl Sessions {
     pub(in crate::stage) fn close(&mut self, session: u64) {
         let ended = self.ended.remove(&session).map(|ended| ended.sequence);
         for mut sequence in ended.into_iter().chain(self.open.remove(&session)) {
-            sequence.table.truncate(&mut self.pool, 0);
+            sequence.table().truncate(&mut self.pool, 0);
         }
     }
 
@@ -102,7 +133,7 @@ impl Sessions {
         let Some(mut sequence) = self.open.remove(&session) else {
             return;
         };
-        sequence.table.truncate(&mut self.pool, reached);
+        sequence.table().truncate(&mut self.pool, reached);
         if reached == 0 {
             return;
         }
@@ -120,60 +151,49 @@ impl Sessions {
     /// Frees what a session holds from `position` on.
     pub(in crate::stage) fn truncate(&mut self, session: u64, position: usize) {
         if let Some(sequence) = self.open.get_mut(&session) {
-            sequence.table.truncate(&mut self.pool, position);
+            sequence.table().truncate(&mut self.pool, position);
         }
     }
 
     /// The earliest position, besides zero, from which a session can go on.
     pub(in crate::stage) fn earliest(&self, session: u64) -> usize {
-        self.open.get(&session).map_or(0, Sequence::earliest)
+        self.open.get(&session).map_or(0, Q::earliest)
     }
 
     /// A session whose positions `position .. end` are ready to be written.
     ///
     /// # Errors
     ///
-    /// [`StageError::Memory`] where the system has none; what the session holds is as before.
-    pub(in crate::stage) fn ready(
-        &mut self,
-        session: u64,
-        position: usize,
-        end: usize,
-    ) -> Result<&mut Sequence, StageError> {
+    /// [`StageError`] where there is no room; what the session holds is as before.
+    pub(in crate::stage) fn ready(&mut self, session: u64, position: usize, end: usize) -> Result<&mut Q, StageError> {
         let closed = StageError::NoSession { session };
         let pages = self
             .open
             .get_mut(&session)
-            .map_or(0, |open| open.table.lacks(position, end));
+            .map_or(0, |open| open.table().lacks(position, end));
         if pages > 0 {
             self.make_room(pages, 0);
         }
         let sequence = self.open.get_mut(&session).ok_or(closed)?;
-        match sequence.table.ready(&mut self.pool, position, end) {
-            Some(()) => Ok(sequence),
-            None => Err(StageError::Memory {
-                bytes: self.pool.page_bytes(),
-                free: 0,
-            }),
-        }
+        sequence.table().ready(&mut self.pool, position, end)?;
+        Ok(sequence)
     }
 
-    /// Runs `work` over several sessions at once, `(session, position, input)` each, all of which are open.
+    /// Runs `work` over rows of several sessions at once, `(session, position, rows)` each, all of which are open.
     ///
     /// # Errors
     ///
     /// As [`Sessions::ready`]; no session has changed then.
     pub(in crate::stage) fn together<T>(
         &mut self,
-        steps: &[(u64, usize, Input<'_>)],
-        rows: &[usize],
-        work: impl FnOnce(&mut [Span<'_>]) -> T,
+        steps: &[(u64, usize, usize)],
+        work: impl FnOnce(&Q::Store, &mut [Span<'_, Q>]) -> T,
     ) -> Result<T, StageError> {
-        for ((session, position, _), rows) in steps.iter().zip(rows) {
+        for (session, position, rows) in steps {
             self.ready(*session, *position, position + rows)?;
         }
         let mut taken = Vec::with_capacity(steps.len());
-        for ((session, position, _), rows) in steps.iter().zip(rows) {
+        for (session, position, rows) in steps {
             let Some(sequence) = self.open.remove(session) else {
                 break;
             };
@@ -186,7 +206,7 @@ impl Sessions {
         });
         let mut spans: Vec<_> = spans.collect();
         let done = match steps.get(spans.len()) {
-            None => Ok(work(&mut spans)),
+            None => Ok(work(self.pool.store(), &mut spans)),
             // It comes twice.
             Some((session, ..)) => Err(StageError::NoSession { session: *session }),
         };
