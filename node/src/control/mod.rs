@@ -45,6 +45,10 @@ pub use ways::{Proxy, ProxyError};
 /// How long a request may take where the caller does not say: a dial over a slow path, a greeting and an answer.
 pub const REQUEST_DEADLINE: Duration = Duration::from_secs(20);
 
+/// Members that a node looks for by itself. It is found by as many on average, so it has twice as many; what each costs
+/// (a ping every ten seconds, and its share of everything that is told to all) does not grow with the federation.
+const PEERS_TARGET: usize = 24;
+
 /// How the control plane starts.
 #[derive(Debug, Clone)]
 pub struct ControlConfig {
@@ -86,7 +90,7 @@ impl ControlConfig {
             roots: Vec::new(),
             relay_server: false,
             data_addresses: Vec::new(),
-            peers_target: 48,
+            peers_target: PEERS_TARGET,
             connections_max: 512,
         }
     }

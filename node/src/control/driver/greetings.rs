@@ -150,18 +150,19 @@ impl Driver {
         Ok(())
     }
 
-    pub(super) fn hints(&self, newcomer: NodeId) -> Vec<PeerHint> {
+    /// Members that a newcomer may meet, others for each: were they the same, all would hang on a few.
+    pub(super) fn hints(&mut self, newcomer: NodeId) -> Vec<PeerHint> {
         let peers = lock(&self.shared.peers);
         let others = peers
             .values()
             .filter(|record| record.node != newcomer && record.path != Path::Lost);
-        others
-            .take(HINTS_MAX)
-            .map(|record| PeerHint {
-                node: record.node,
-                control_addresses: record.control_addresses.clone(),
-            })
-            .collect()
+        let mut drawn: Vec<(u64, &PeerRecord)> = others.map(|record| (self.random.next_u64(), record)).collect();
+        drawn.sort_unstable_by_key(|(number, _)| *number);
+        let told = drawn.into_iter().take(HINTS_MAX).map(|(_, record)| PeerHint {
+            node: record.node,
+            control_addresses: record.control_addresses.clone(),
+        });
+        told.collect()
     }
 
     pub(super) fn on_greeting(&mut self, node: NodeId, connection: ConnectionId, reply: Reply, now: Instant) {
