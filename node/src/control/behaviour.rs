@@ -72,6 +72,11 @@ const TOLD_AT_HEARTBEAT: usize = 4;
 /// What names a message in what is told: libp2p's default writes 70 characters.
 const MESSAGE_ID_BYTES: usize = 16;
 
+/// How often each end of a connection asks whether the other is there: three quarters of what idle neighbours say to each
+/// other. One that is gone without a word is noticed within this and libp2p's 20 s for an answer; a network that changes is
+/// noticed by its addresses, at once.
+const PING_EVERY: Duration = Duration::from_secs(20);
+
 /// What a search in the routing tables of others may take.
 pub(super) const SEARCH_TIME_MAX: Duration = Duration::from_secs(10);
 
@@ -153,7 +158,7 @@ fn behaviour(
         identify: identify::Behaviour::new(
             identify::Config::new("/polder/1".into(), key.public()).with_agent_version(AGENT.into()),
         ),
-        ping: ping::Behaviour::new(ping::Config::new().with_interval(Duration::from_secs(10))),
+        ping: ping::Behaviour::new(ping::Config::new().with_interval(PING_EVERY)),
         requests: request_response::Behaviour::with_codec(
             Codec,
             [(PROTOCOL, request_response::ProtocolSupport::Full)],
