@@ -231,7 +231,8 @@ impl Meetings {
 
     /// Forgets a node that has left, unless the configuration names it.
     pub(super) fn forget(&mut self, node: NodeId) {
-        self.acquaintances.retain(|known, how| *known != node || how.bootstrap.is_some());
+        self.acquaintances
+            .retain(|known, how| *known != node || how.bootstrap.is_some());
     }
 
     /// Notes a dial or a greeting that failed, and pauses.

@@ -17,27 +17,33 @@ use crate::control::behaviour::AGENT;
 use crate::control::meetings::{Member, REFUSED_STAYS};
 use crate::control::shared::{lock, unix_now};
 use crate::control::table::{Origin, has_room};
-use crate::control::{ControlError, Path, PeerEvent, PeerRecord};
+use crate::control::{Addresses, ControlError, Path, PeerEvent, PeerRecord};
 use crate::neighbourhood::Neighbourhood;
 
 impl Driver {
     pub(super) fn own_hello(&self) -> Hello {
-        let listening = lock(&self.shared.listen_addresses).clone();
-        let mut control_addresses: Vec<String> = self.swarm.external_addresses().map(ToString::to_string).collect();
-        control_addresses.extend(listening);
-        // Others on this machine know it by 127.0.0.1, so that stays, last; what is told twice goes.
-        control_addresses.sort_by_cached_key(|address| rank(address));
-        control_addresses.dedup();
-        control_addresses.truncate(ADDRESSES_MAX);
-        let mut data_addresses = lock(&self.shared.data_addresses).clone();
-        data_addresses.truncate(ADDRESSES_MAX);
+        let own = self.own_addresses();
         Hello {
             agent: AGENT.into(),
             instance: self.instance,
             credentials: self.gate.credentials(),
-            control_addresses,
-            data_addresses,
+            control_addresses: own.control,
+            data_addresses: own.data,
         }
+    }
+
+    /// Where others are told to look for this node: where it listens, what its operator says, and what a router has opened.
+    pub(super) fn own_addresses(&self) -> Addresses {
+        let listening = lock(&self.shared.listen_addresses).clone();
+        let mut control: Vec<String> = self.swarm.external_addresses().map(ToString::to_string).collect();
+        control.extend(listening);
+        // Others on this machine know it by 127.0.0.1, so that stays, last; what is told twice goes.
+        control.sort_by_cached_key(|address| rank(address));
+        control.dedup();
+        control.truncate(ADDRESSES_MAX);
+        let mut data = lock(&self.shared.data_addresses).clone();
+        data.truncate(ADDRESSES_MAX);
+        Addresses { control, data }
     }
 
     /// Shows this node's credentials. A newcomer has none, and only asks to be enrolled.

@@ -248,6 +248,14 @@ impl Driver {
             self.recheck(now);
         }
         self.keep_reachable(now);
+        let own = self.own_addresses();
+        self.shared.told.send_if_modified(|told| {
+            let changed = *told != own;
+            if changed {
+                *told = own;
+            }
+            changed
+        });
         if self.searches_until.is_some_and(|until| until <= now) {
             self.searches_until = None;
             self.swarm.behaviour_mut().kad.let_dial(false);
