@@ -3,11 +3,13 @@
 mod support;
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use polder_protocol::invite::Invite;
 use serde_json::Value;
 use support::lab::{Host, Lab, Site, WORLD};
 use support::{Node, wait_for};
@@ -214,6 +216,94 @@ fn a_router_that_is_asked_opens_ports_until_the_node_stops() {
         town.node_mut(name).leave();
         assert_eq!(town.host(name).opened(), Vec::<String>::new(), "{name} has left");
     }
+}
+
+/// Members whose only way leads through a gateway get what its owner gives, and no more; without a cap the circuit is held up
+/// by nothing but the machine.
+#[test]
+fn a_capped_gateway_gives_a_circuit_no_more_than_its_cap() {
+    const CAP_BYTES_PER_SECOND: u64 = 512 << 10;
+    const BYTES: u64 = 4 << 20;
+    let Some(mut town) = Town::new(1) else { return };
+    for name in ["symmetric-a", "symmetric-b"] {
+        town.join(name, Site::Symmetric);
+    }
+    let config = town.gateway().home.join("config.toml");
+    let uncapped = fs::read_to_string(&config).unwrap();
+    let caps = ["", "relay_bytes_per_second", "relay_bytes_per_second_of_each_circuit"];
+    let mut free = f64::NAN;
+    for cap in caps {
+        let line = match cap {
+            "" => String::new(),
+            cap => format!("{cap} = {CAP_BYTES_PER_SECOND}\n"),
+        };
+        town.node_mut("gateway-0").leave();
+        fs::write(&config, format!("{uncapped}{line}")).unwrap();
+        town.node_mut("gateway-0").start(&[]);
+        for name in ["symmetric-a", "symmetric-b"] {
+            town.meets_gateways(name);
+        }
+        town.echo("symmetric-a", "symmetric-b");
+        let id = town.ids["symmetric-b"].clone();
+        let report = wait_for("a transfer through the gateway", MEET_TIME_MAX, || {
+            let size = BYTES.to_string();
+            let arguments = ["bench", "net", "--peer", &id, "--count", "1", "--bulk", &size];
+            town.node("symmetric-a").try_verb(&arguments).ok()
+        });
+        assert_eq!(town.way("symmetric-a", "symmetric-b"), "relayed");
+        let seconds = report["bulk"]["micros"].as_f64().unwrap() / 1e6;
+        println!(
+            "{} through a gateway in {seconds:.2} s, {:.2} MiB/s, with {}",
+            report["bulk"]["bytes"],
+            BYTES as f64 / seconds / f64::from(1 << 20),
+            if cap.is_empty() { "no cap" } else { line.trim() }
+        );
+        // Time runs from the first byte. What a pause leaves, and what is between the gateway and the receiver then, come
+        // at once.
+        let held = 0.7 * BYTES as f64 / CAP_BYTES_PER_SECOND as f64;
+        if cap.is_empty() {
+            free = seconds;
+        } else {
+            assert!(seconds > held, "{cap}: {seconds} s, {report}");
+            assert!(seconds > 1.5 * free, "{cap}: {seconds} s, and {free} s without a cap");
+        }
+    }
+}
+
+/// A machine gets another address, a router opens a port: the next invite leads there.
+#[test]
+fn an_invite_names_the_addresses_that_its_gateway_has_now() {
+    let Some(mut town) = Town::new(1) else { return };
+    let known = |node: &Node| fs::read_to_string(node.home.join("addresses.json")).unwrap();
+    let named = |node: &Node| {
+        let invite: Invite = support::invite(node, "Leiden").parse().unwrap();
+        invite.doors[0].control.clone()
+    };
+    let other = format!("/ip4/{WORLD}.98/tcp/4001");
+    assert!(!named(town.gateway()).contains(&other));
+    town.host("gateway-0").ip(&format!("addr add {WORLD}.98/24 dev wan"));
+    wait_for("the new address", MEET_TIME_MAX, || {
+        known(town.gateway()).contains(&other).then_some(())
+    });
+    assert!(named(town.gateway()).contains(&other));
+    town.host("gateway-0").ip(&format!("addr del {WORLD}.98/24 dev wan"));
+    wait_for("it to go", MEET_TIME_MAX, || {
+        (!known(town.gateway()).contains(&other)).then_some(())
+    });
+    if let Err(reason) = Lab::has_program("miniupnpd") {
+        println!("skipped in part: no router that can be asked here: {reason}");
+        return;
+    }
+    // A gateway at home: its router has opened the port under which a newcomer finds it.
+    let host = town.lab.host("home", Site::NatPmp);
+    let mut home = Node::prepare_on(&host, town.root.path(), "home", "");
+    home.verb(&["charter", "new", "Second", "--institution", "Leiden"]);
+    home.start(&[]);
+    let mapped = format!("/ip4/{WORLD}.{}/tcp/4001", host.number);
+    wait_for("the opened port", MEET_TIME_MAX, || {
+        known(&home).contains(&mapped).then_some(())
+    });
+    assert_eq!(named(&home)[0], mapped, "the public address comes first");
 }
 
 /// Before there is a node: which ways lead to the gateway of an invite, and what to ask for where some do not.

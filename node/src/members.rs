@@ -1,12 +1,13 @@
 //! Who may be here: the membership as both planes ask it, with this node's own certificate.
 
-use std::sync::{PoisonError, RwLock};
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use polder_protocol::charter::{
     Capabilities, Certificate, Charters, Credentials, Member, Membership, Refusal, Revocation, RevocationError,
 };
-use polder_protocol::hash::{FederationId, InstitutionId, NodeId};
+use polder_protocol::hash::{Digest, FederationId, InstitutionId, NodeId, digest};
 use polder_protocol::identity::Signed;
 use polder_protocol::time::UnixSeconds;
 use thiserror::Error;
@@ -14,6 +15,13 @@ use thiserror::Error;
 use crate::enrol::renew_own;
 use crate::gate::{Admitted, Gate, Refused};
 use crate::home::{Home, HomeError};
+
+/// For how many seconds a check of credentials holds, unless a charter or a revocation arrives: everybody's are seen again
+/// and again, and each costs a signature. Certificates allow five minutes for clocks.
+const CHECK_HOLDS_SECONDS: u64 = 60;
+
+/// Checks that are remembered; beyond, they begin anew.
+const CHECKS_MAX: usize = 4_096;
 
 /// This node's membership and everybody's.
 ///
@@ -29,6 +37,8 @@ struct Inner {
     membership: Membership,
     certificate: Signed<Certificate>,
     own: Member,
+    /// By peer and credentials: who was admitted, and when.
+    checked: Mutex<BTreeMap<Digest, (UnixSeconds, Member)>>,
 }
 
 /// Why this node is no member.
@@ -81,6 +91,7 @@ impl Members {
                 membership,
                 certificate,
                 own,
+                checked: Mutex::default(),
             }),
         })
     }
@@ -225,7 +236,23 @@ impl Members {
     ///
     /// [`Refusal`], which says which rule and about whom.
     pub fn check(&self, peer: NodeId, credentials: &[u8]) -> Result<Member, Refusal> {
-        self.read(|inner| inner.membership.admit(credentials, peer, unix_now()))
+        let (hash, now) = (digest(&[&peer.0[..], credentials].concat()), unix_now());
+        // What changes the membership waits until this is done, and then forgets it.
+        self.read(|inner| {
+            let remembered = || inner.checked.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some((at, member)) = remembered().get(&hash)
+                && now.0.abs_diff(at.0) < CHECK_HOLDS_SECONDS
+            {
+                return Ok(member.clone());
+            }
+            let member = inner.membership.admit(credentials, peer, now)?;
+            let mut checked = remembered();
+            if checked.len() >= CHECKS_MAX {
+                checked.clear();
+            }
+            checked.insert(hash, (now, member.clone()));
+            Ok(member)
+        })
     }
 
     /// Checks a certificate that the authenticated peer `peer` showed.
@@ -243,7 +270,9 @@ impl Members {
     }
 
     fn write<T>(&self, change: impl FnOnce(&mut Inner) -> T) -> T {
-        change(&mut self.inner.write().unwrap_or_else(PoisonError::into_inner))
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        inner.checked = Mutex::default();
+        change(&mut inner)
     }
 }
 
@@ -301,6 +330,7 @@ mod tests {
     #[test]
     fn a_node_revoked_at_run_time_is_refused_from_then_on() {
         let (first, second) = (members(11), members(12));
+        first.admit(second.node(), &second.credentials()).unwrap();
         let revocation = Revocation {
             version: 1,
             federation: first.federation(),

@@ -13,6 +13,7 @@ use libp2p::{
     Multiaddr, PeerId, StreamProtocol, Swarm, Transport, autonat, connection_limits, dcutr, gossipsub, identify, kad,
     mdns, memory_connection_limits, noise, ping, relay, request_response,
 };
+use polder_protocol::hash::digest;
 use polder_protocol::wire::GOSSIP_BYTES_MAX;
 
 use super::address::node_of;
@@ -51,6 +52,33 @@ const RESERVATIONS_MAX: usize = 1024;
 const CIRCUITS_MAX: usize = 256;
 /// See [`CIRCUITS_MAX`].
 const CIRCUITS_PER_PEER_MAX: usize = 16;
+
+/// Partners over which gossip passes on what comes, at best, at least and at most. Each message arrives about once from each,
+/// and each copy costs a signature's check. libp2p's default of six (up to twelve) is for what must arrive within a
+/// second; announcements repeat, and what the partners lose is told to others at the next heartbeat.
+const MESH: usize = 4;
+/// See [`MESH`].
+const MESH_LEAST: usize = 3;
+/// See [`MESH`].
+const MESH_MOST: usize = 6;
+
+/// How often gossip looks after its partners, and tells a few others what it has heard.
+const HEARTBEAT: Duration = Duration::from_secs(2);
+
+/// To how many it tells that, however many are connected: libp2p's default is a quarter of them, which is most of what an
+/// idle node sends.
+const TOLD_AT_HEARTBEAT: usize = 4;
+
+/// What names a message in what is told: libp2p's default writes 70 characters.
+const MESSAGE_ID_BYTES: usize = 16;
+
+/// How often each end of a connection asks whether the other is there: three quarters of what idle neighbours say to each
+/// other. One that is gone without a word is noticed within this and libp2p's 20 s for an answer; a network that changes is
+/// noticed by its addresses, at once.
+const PING_EVERY: Duration = Duration::from_secs(20);
+
+/// What a search in the routing tables of others may take.
+pub(super) const SEARCH_TIME_MAX: Duration = Duration::from_secs(10);
 
 /// All protocols of the control plane.
 #[derive(NetworkBehaviour)]
@@ -130,14 +158,19 @@ fn behaviour(
         identify: identify::Behaviour::new(
             identify::Config::new("/polder/1".into(), key.public()).with_agent_version(AGENT.into()),
         ),
-        ping: ping::Behaviour::new(ping::Config::new().with_interval(Duration::from_secs(10))),
+        ping: ping::Behaviour::new(ping::Config::new().with_interval(PING_EVERY)),
         requests: request_response::Behaviour::with_codec(
             Codec,
             [(PROTOCOL, request_response::ProtocolSupport::Full)],
             requests,
         ),
         gossip: Door::before(gossip(key)?),
-        kad: Door::before(kademlia(peer, config)),
+        kad: {
+            let mut table = Door::before(kademlia(peer, config));
+            // To fill its table it would meet the whole federation. It has the members that are met anyway.
+            table.let_dial(false);
+            table
+        },
         mdns: mdns.into(),
         relay_client,
         relay_server: config.relay_server.then(|| relay_server(peer, shared)).into(),
@@ -153,6 +186,14 @@ fn gossip(key: &Keypair) -> Result<gossipsub::Behaviour, Box<dyn std::error::Err
         .validation_mode(gossipsub::ValidationMode::Strict)
         .validate_messages()
         .max_transmit_size(GOSSIP_BYTES_MAX)
+        .mesh_n(MESH)
+        .mesh_n_low(MESH_LEAST)
+        .mesh_n_high(MESH_MOST)
+        .mesh_outbound_min(1)
+        .heartbeat_interval(HEARTBEAT)
+        .gossip_lazy(TOLD_AT_HEARTBEAT)
+        .gossip_factor(0.0)
+        .message_id_fn(message_id)
         .build()?;
     let mut gossip = gossipsub::Behaviour::new(gossipsub::MessageAuthenticity::Signed(key.clone()), config)?;
     // Many members of one institution, and all nodes of a test, share an address: that alone is no offence.
@@ -162,6 +203,15 @@ fn gossip(key: &Keypair) -> Result<gossipsub::Behaviour, Box<dyn std::error::Err
     };
     gossip.with_peer_score(params, gossipsub::PeerScoreThresholds::default())?;
     Ok(gossip)
+}
+
+/// Author and number, as gossipsub has it, in fewer bytes: two messages of one name would be two of one author, who harms
+/// nobody else by it.
+fn message_id(message: &gossipsub::Message) -> gossipsub::MessageId {
+    let mut told = message.source.map_or_else(Vec::new, PeerId::to_bytes);
+    told.extend_from_slice(&message.sequence_number.unwrap_or_default().to_le_bytes());
+    let hash = digest(&told);
+    gossipsub::MessageId::new(hash.0.get(..MESSAGE_ID_BYTES).unwrap_or_default())
 }
 
 /// A topic's score counts invalid messages only: a quiet peer is not a bad one.
@@ -181,7 +231,7 @@ fn kademlia(peer: PeerId, config: &ControlConfig) -> kad::Behaviour<kad::store::
         .set_record_filtering(kad::StoreInserts::FilterBoth)
         .disjoint_query_paths(true)
         .set_parallelism(const { NonZeroUsize::new(3).expect("not zero") })
-        .set_query_timeout(Duration::from_secs(10));
+        .set_query_timeout(SEARCH_TIME_MAX);
     let mut kad = kad::Behaviour::with_config(peer, kad::store::MemoryStore::new(peer), settings);
     if config.relay_server || !config.external.is_empty() {
         kad.set_mode(Some(kad::Mode::Server));

@@ -10,7 +10,8 @@ use std::task::{Context, Poll};
 use libp2p::core::Endpoint;
 use libp2p::core::transport::PortUse;
 use libp2p::swarm::{
-    ConnectionDenied, ConnectionId, FromSwarm, NetworkBehaviour, THandler, THandlerInEvent, THandlerOutEvent, ToSwarm,
+    ConnectionDenied, ConnectionId, DialError, DialFailure, FromSwarm, NetworkBehaviour, THandler, THandlerInEvent,
+    THandlerOutEvent, ToSwarm,
 };
 use libp2p::{Multiaddr, PeerId};
 
@@ -21,6 +22,7 @@ const HELD_PER_PEER_MAX: usize = 8;
 pub(super) struct Door<B: NetworkBehaviour> {
     inner: B,
     members: BTreeSet<PeerId>,
+    dials: bool,
     held: BTreeMap<PeerId, VecDeque<(ConnectionId, THandlerOutEvent<B>)>>,
 }
 
@@ -29,8 +31,15 @@ impl<B: NetworkBehaviour> Door<B> {
         Self {
             inner,
             members: BTreeSet::new(),
+            dials: true,
             held: BTreeMap::new(),
         }
+    }
+
+    /// Whether the protocol may dial whom it has heard of. Where not, its dials fail at once, and it deals with those who are
+    /// connected.
+    pub(super) fn let_dial(&mut self, dials: bool) {
+        self.dials = dials;
     }
 
     /// Lets `peer` be heard until its last connection ends or [`Self::dismiss`]; first what it has said.
@@ -130,6 +139,18 @@ impl<B: NetworkBehaviour> NetworkBehaviour for Door<B> {
     }
 
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<ToSwarm<Self::ToSwarm, THandlerInEvent<Self>>> {
-        self.inner.poll(context)
+        loop {
+            match self.inner.poll(context) {
+                Poll::Ready(ToSwarm::Dial { opts }) if !self.dials => {
+                    let failure = DialFailure {
+                        peer_id: opts.get_peer_id(),
+                        error: &DialError::Aborted,
+                        connection_id: opts.connection_id(),
+                    };
+                    self.inner.on_swarm_event(FromSwarm::DialFailure(failure));
+                }
+                polled => return polled,
+            }
+        }
     }
 }

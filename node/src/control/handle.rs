@@ -8,11 +8,13 @@ use futures::StreamExt;
 use libp2p::{Multiaddr, StreamProtocol};
 use polder_protocol::hash::NodeId;
 use polder_protocol::wire::{CONTROL_BYTES_MAX, CREDENTIALS_BYTES_MAX, GOSSIP_BYTES_MAX, Service};
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use super::address::{ip_of, mapped_address, multiaddresses, node_of, peer_of, port_of};
 use super::shared::{Shared, lock};
-use super::{Circles, ControlError, Gossip, Incoming, Path, PeerEvent, PeerRecord, REQUEST_DEADLINE, RelayCaps};
+use super::{
+    Addresses, Circles, ControlError, Gossip, Incoming, Path, PeerEvent, PeerRecord, REQUEST_DEADLINE, RelayCaps,
+};
 use crate::gate::AddressBook;
 use crate::mapping::{Opened, Port};
 
@@ -123,6 +125,11 @@ impl ControlHandle {
     /// Where this node answers, as multiaddresses without the node's id.
     pub fn listen_addresses(&self) -> Vec<String> {
         lock(&self.shared.listen_addresses).clone()
+    }
+
+    /// Where this node tells others that it is, whenever that changes; nothing before the first moment is over.
+    pub fn told_addresses(&self) -> watch::Receiver<Addresses> {
+        self.shared.told.subscribe()
     }
 
     /// Asks a member, dialling and greeting it first where needed.

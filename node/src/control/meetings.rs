@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use libp2p::Multiaddr;
 use libp2p::swarm::ConnectionId;
 use polder_protocol::hash::{InstitutionId, NodeId};
+use polder_protocol::rng::Random;
 use polder_protocol::wire::{ADDRESSES_MAX, Request};
 use tokio::sync::oneshot;
 
@@ -37,6 +38,10 @@ const PAUSE_MAX: Duration = Duration::from_secs(120);
 
 /// The longest pause between dials of a node that the configuration names: through it, everybody else is found again.
 const PAUSE_OF_BOOTSTRAP_MAX: Duration = Duration::from_secs(5);
+
+/// Of the nodes that the configuration names, those that are met in its order: doors, which relay. The others are those that
+/// were met last.
+const ORDERED_MAX: usize = 32;
 
 /// Where an answer goes.
 pub(super) type Answer = oneshot::Sender<Result<Vec<u8>, ControlError>>;
@@ -82,8 +87,8 @@ struct Acquaintance {
     addresses: Vec<Multiaddr>,
     failures: u32,
     not_before: Option<Instant>,
-    /// Named by the configuration: never forgotten.
-    bootstrap: bool,
+    /// Named by the configuration: never forgotten. What counts of its place there, since those that come first are met first.
+    bootstrap: Option<usize>,
 }
 
 /// All of them.
@@ -149,6 +154,12 @@ impl Meetings {
         self.present.values().filter(|meeting| meeting.member.is_some()).count()
     }
 
+    /// Peers that were shown this node's credentials and have not answered.
+    pub(super) fn greeted(&self) -> usize {
+        let greeted = |meeting: &&Meeting| meeting.greeting && meeting.member.is_none();
+        self.present.values().filter(greeted).count()
+    }
+
     /// Members of one institution.
     pub(super) fn of_institution(&self, institution: InstitutionId) -> usize {
         let members = self.present.values().filter_map(|meeting| meeting.member.as_ref());
@@ -190,7 +201,7 @@ impl Meetings {
     /// Remembers where a node may be; what is new comes first.
     pub(super) fn remember(&mut self, node: NodeId, addresses: impl IntoIterator<Item = Multiaddr>) {
         if self.acquaintances.len() >= ACQUAINTANCES_MAX && !self.acquaintances.contains_key(&node) {
-            let chance = self.acquaintances.iter().filter(|(_, known)| !known.bootstrap);
+            let chance = self.acquaintances.iter().filter(|(_, known)| known.bootstrap.is_none());
             let worst = chance.max_by_key(|(_, known)| known.failures);
             let worst = worst.map(|(node, _)| *node);
             worst.map(|node| self.acquaintances.remove(&node));
@@ -212,14 +223,16 @@ impl Meetings {
     /// Remembers a node that the configuration names.
     pub(super) fn remember_bootstrap(&mut self, node: NodeId, addresses: Vec<Multiaddr>) {
         self.remember(node, addresses);
+        let place = self.acquaintances.len().min(ORDERED_MAX);
         if let Some(known) = self.acquaintances.get_mut(&node) {
-            known.bootstrap = true;
+            known.bootstrap.get_or_insert(place);
         }
     }
 
     /// Forgets a node that has left, unless the configuration names it.
     pub(super) fn forget(&mut self, node: NodeId) {
-        self.acquaintances.retain(|known, how| *known != node || how.bootstrap);
+        self.acquaintances
+            .retain(|known, how| *known != node || how.bootstrap.is_some());
     }
 
     /// Notes a dial or a greeting that failed, and pauses.
@@ -229,7 +242,7 @@ impl Meetings {
         };
         let pause = PAUSE_FIRST.saturating_mul(1 << known.failures.min(8));
         known.failures = known.failures.saturating_add(1);
-        let longest = if known.bootstrap {
+        let longest = if known.bootstrap.is_some() {
             PAUSE_OF_BOOTSTRAP_MAX
         } else {
             PAUSE_MAX
@@ -253,14 +266,19 @@ impl Meetings {
         }
     }
 
-    /// Up to `count` nodes that are worth a dial now.
-    pub(super) fn worth_a_dial(&self, count: usize, now: Instant) -> Vec<NodeId> {
+    /// Up to `count` nodes that are worth a dial now: those that the configuration names in its order, then any. If all
+    /// nodes went through the others in one order, its first would have everybody for a neighbour.
+    pub(super) fn worth_a_dial(&self, count: usize, now: Instant, random: &mut Random) -> Vec<NodeId> {
         let absent = self.acquaintances.iter().filter(|(node, known)| {
             !self.present.contains_key(node)
                 && !known.addresses.is_empty()
                 && known.not_before.is_none_or(|not_before| not_before <= now)
         });
-        absent.map(|(node, _)| *node).take(count).collect()
+        let mut drawn: Vec<((usize, u64), NodeId)> = absent
+            .map(|(node, known)| ((known.bootstrap.unwrap_or(usize::MAX), random.next_u64()), *node))
+            .collect();
+        drawn.sort_unstable();
+        drawn.into_iter().take(count).map(|(_, node)| node).collect()
     }
 }
 
@@ -271,12 +289,13 @@ mod tests {
     #[test]
     fn a_node_that_does_not_answer_is_left_alone_for_a_while() {
         let mut meetings = Meetings::default();
+        let mut random = Random::from_seed(1);
         let (node, now) = (NodeId([1; 32]), Instant::now());
         meetings.remember(node, ["/ip4/127.0.0.1/tcp/1".parse().expect("address")]);
-        assert_eq!(meetings.worth_a_dial(8, now), [node]);
+        assert_eq!(meetings.worth_a_dial(8, now, &mut random), [node]);
         meetings.failed(node, now);
-        assert_eq!(meetings.worth_a_dial(8, now), []);
-        assert_eq!(meetings.worth_a_dial(8, now + PAUSE_FIRST), [node]);
+        assert_eq!(meetings.worth_a_dial(8, now, &mut random), []);
+        assert_eq!(meetings.worth_a_dial(8, now + PAUSE_FIRST, &mut random), [node]);
     }
 
     #[test]
@@ -286,7 +305,26 @@ mod tests {
         meetings.remember_bootstrap(node, vec!["/ip4/127.0.0.1/tcp/1".parse().expect("address")]);
         (0..20).for_each(|_| meetings.failed(node, now));
         meetings.forget(node);
-        assert_eq!(meetings.worth_a_dial(8, now + PAUSE_OF_BOOTSTRAP_MAX), [node]);
+        assert_eq!(
+            meetings.worth_a_dial(8, now + PAUSE_OF_BOOTSTRAP_MAX, &mut Random::from_seed(1)),
+            [node]
+        );
+    }
+
+    #[test]
+    fn those_that_the_configuration_names_come_first_and_the_others_in_no_order() {
+        let now = Instant::now();
+        let mut meetings = Meetings::default();
+        let address = || "/ip4/127.0.0.1/tcp/1".parse().expect("address");
+        (0..40).for_each(|id| meetings.remember(NodeId([id; 32]), [address()]));
+        meetings.remember_bootstrap(NodeId([200; 32]), vec![address()]);
+        meetings.remember_bootstrap(NodeId([100; 32]), vec![address()]);
+        let drawn = |seed| -> Vec<u8> {
+            let nodes = meetings.worth_a_dial(8, now, &mut Random::from_seed(seed));
+            nodes.iter().map(|node| node.0[0]).collect()
+        };
+        assert_eq!(drawn(1)[..2], [200, 100]);
+        assert_ne!(drawn(1)[2..], drawn(2)[2..]);
     }
 
     #[test]

@@ -45,6 +45,10 @@ pub use ways::{Proxy, ProxyError};
 /// How long a request may take where the caller does not say: a dial over a slow path, a greeting and an answer.
 pub const REQUEST_DEADLINE: Duration = Duration::from_secs(20);
 
+/// Members that a node looks for by itself. It is found by as many on average, so it has twice as many; what each costs
+/// (pings, and its share of everything that is told to all) does not grow with the federation.
+const PEERS_TARGET: usize = 16;
+
 /// How the control plane starts.
 #[derive(Debug, Clone)]
 pub struct ControlConfig {
@@ -86,7 +90,7 @@ impl ControlConfig {
             roots: Vec::new(),
             relay_server: false,
             data_addresses: Vec::new(),
-            peers_target: 48,
+            peers_target: PEERS_TARGET,
             connections_max: 512,
         }
     }
@@ -175,6 +179,15 @@ pub enum Path {
     Relayed,
     /// Not connected now.
     Lost,
+}
+
+/// Where a node says that it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Addresses {
+    /// Where its control plane answers, as multiaddresses, the most public first.
+    pub control: Vec<String>,
+    /// Where its data plane answers, best first.
+    pub data: Vec<SocketAddr>,
 }
 
 /// What is known of a member.

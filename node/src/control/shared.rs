@@ -8,10 +8,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use polder_protocol::hash::NodeId;
 use polder_protocol::time::UnixSeconds;
 use polder_protocol::wire::Service;
-use tokio::sync::{broadcast, mpsc};
+use tokio::sync::{broadcast, mpsc, watch};
 
 use super::relayed::Relayed;
-use super::{Gossip, Incoming, Path, PeerEvent, PeerRecord};
+use super::{Addresses, Gossip, Incoming, Path, PeerEvent, PeerRecord};
 
 /// Members remembered, connected or not. The longest unseen of those not connected is forgotten first.
 const RECORDS_MAX: usize = 4096;
@@ -25,6 +25,8 @@ pub(super) struct Shared {
     pub(super) node: NodeId,
     pub(super) listen_addresses: Mutex<Vec<String>>,
     pub(super) data_addresses: Mutex<Vec<SocketAddr>>,
+    /// Where this node tells others that it is.
+    pub(super) told: watch::Sender<Addresses>,
     pub(super) peers: Mutex<BTreeMap<NodeId, PeerRecord>>,
     pub(super) services: Mutex<BTreeMap<Service, mpsc::Sender<Incoming>>>,
     pub(super) topics: Mutex<BTreeMap<String, Vec<mpsc::Sender<Gossip>>>>,
@@ -38,6 +40,7 @@ impl Shared {
             node,
             listen_addresses: Mutex::default(),
             data_addresses: Mutex::new(data_addresses),
+            told: watch::Sender::default(),
             peers: Mutex::default(),
             services: Mutex::default(),
             topics: Mutex::default(),

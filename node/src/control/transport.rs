@@ -30,6 +30,12 @@ const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 /// See [`STREAM_WINDOW_BYTES`].
 const CONNECTION_WINDOW_BYTES: u32 = 6 << 20;
 
+/// How often an idle QUIC connection says that it is there: before a router forgets it, which none does within 15 s.
+const QUIC_KEEP_ALIVE: Duration = Duration::from_secs(12);
+
+/// Without a packet for so long it has ended: two were lost.
+const QUIC_SILENCE_MAX: Duration = Duration::from_secs(30);
+
 /// A transport that authenticates peers and carries many streams.
 pub(super) type Carrier = Boxed<(PeerId, StreamMuxerBox)>;
 
@@ -60,6 +66,8 @@ pub(super) fn build(
     limits.max_concurrent_stream_limit = u32::try_from(STREAMS_MAX).unwrap_or(u32::MAX);
     limits.max_stream_data = STREAM_WINDOW_BYTES;
     limits.max_connection_data = CONNECTION_WINDOW_BYTES;
+    limits.keep_alive_interval = QUIC_KEEP_ALIVE;
+    limits.max_idle_timeout = u32::try_from(QUIC_SILENCE_MAX.as_millis()).unwrap_or(u32::MAX);
     let quic = boxed(quic::tokio::Transport::new(limits));
     // Names are looked up before everything else, except where TLS has to be told the name: there, below it.
     let mut by_name = websocket::Config::new(named(Ways::new(proxy))?);

@@ -218,8 +218,8 @@ async fn renew(home: &Home, members: &Arc<Members>, control: &ControlHandle) {
     }
 }
 
-/// Peers to start from: those that the configuration lists, those that were met last, the doors of the invite, and those of
-/// the charter. Any of them suffices.
+/// Peers to start from: those that the configuration lists, the doors of the invite, those of the charter, and those that
+/// were met last. Any of them suffices. Doors relay, so they come first.
 pub(super) fn bootstrap(
     home: &Home,
     members: &Members,
@@ -227,12 +227,12 @@ pub(super) fn bootstrap(
     listed: Vec<(NodeId, Vec<String>)>,
 ) -> Result<Vec<(NodeId, Vec<String>)>, DaemonError> {
     let mut peers = listed;
-    peers.extend(known.latest());
     let invited = home
         .peers()?
         .into_iter()
         .filter_map(|door| Some((door.id()?, door.control)));
-    for (node, addresses) in invited.chain(charter_doors(members.node(), &members.charters().current().doors)) {
+    let doors = invited.chain(charter_doors(members.node(), &members.charters().current().doors));
+    for (node, addresses) in doors.chain(known.latest()) {
         if peers.iter().all(|(known, _)| *known != node) {
             peers.push((node, addresses));
         }

@@ -1,6 +1,7 @@
 //! Start, stop, configuration: the one place that wires everything together.
 
 mod acquaintances;
+mod addresses;
 mod admin;
 mod ahead;
 mod caps;
@@ -280,6 +281,7 @@ impl Daemon {
         });
         obey(&shared);
         caps::keep(&shared);
+        addresses::keep(&shared);
         models::keep(&shared);
         let api = serve_api(&shared).await?;
         let started = shared.started(api)?;

@@ -39,6 +39,8 @@ pub struct Status {
     pub device: DeviceStatus,
     /// Members that it has met.
     pub peers: Vec<PeerStatus>,
+    /// How many members it has heard of lately, met or not, itself among them.
+    pub known: usize,
     /// Why this node's own certificate holds no longer, where that is so.
     pub shut_out_because: Option<String>,
     /// Members that turned this node away.
@@ -196,6 +198,7 @@ impl Shared {
             idle_because,
             device,
             peers: self.peers(),
+            known: self.directory.known(),
             shut_out_because: self.members.check_own().err().map(|refusal| refusal.to_string()),
             refused_by: self.refused_by(),
             models: self.models(),

@@ -127,6 +127,11 @@ impl DirectoryHandle {
         self.inner.lock().directory.epochs()
     }
 
+    /// How many nodes have announced themselves and have not left, this one among them.
+    pub fn known(&self) -> usize {
+        self.inner.lock().directory.nodes().count()
+    }
+
     /// By how many seconds the clocks of members are ahead of this machine's; below zero they are behind. Announcements say
     /// until when they are believed, and how long that is is known, so it is exact to a second or two while fewer than 300
     /// nodes are known, and to a minute beyond.

@@ -28,8 +28,11 @@ const UNHEARD: Duration = Duration::from_secs(2);
 /// Peers that are asked for pages at once.
 const ASKED_MAX: usize = 4;
 
-/// Of more peers that are met in one [`REPEAT`], gossip tells soon enough.
-const ASKED_PER_REPEAT_MAX: usize = 16;
+/// Of more peers that are met in one [`REPEAT`], gossip tells soon enough: gateways, which keep the directory, and others,
+/// each of which asks as well when it comes.
+const GATEWAYS_ASKED_PER_REPEAT_MAX: usize = 8;
+/// See [`GATEWAYS_ASKED_PER_REPEAT_MAX`].
+const OTHERS_ASKED_PER_REPEAT_MAX: usize = 3;
 
 /// In a directory of more nodes than this, whole snapshots are large: two that agree are enough.
 const LARGE: usize = 256;
@@ -122,7 +125,7 @@ async fn answer(inner: Arc<Inner>, mut asked: mpsc::Receiver<Incoming>) {
 async fn meet(inner: Arc<Inner>, mut events: broadcast::Receiver<PeerEvent>) {
     let places = Arc::new(Semaphore::new(ASKED_MAX));
     let mut since = Instant::now();
-    let mut asked = 0;
+    let (mut gateways_asked, mut others_asked) = (0, 0);
     // Whether two of those that were asked in this while told the same.
     let agreed = Arc::new(AtomicBool::new(false));
     // Whoever was met before the events began.
@@ -131,12 +134,16 @@ async fn meet(inner: Arc<Inner>, mut events: broadcast::Receiver<PeerEvent>) {
         for node in waiting.drain(..) {
             if since.elapsed() >= REPEAT {
                 since = Instant::now();
-                asked = 0;
+                (gateways_asked, others_asked) = (0, 0);
                 agreed.store(false, Ordering::Relaxed);
             }
             let enough = agreed.load(Ordering::Relaxed) && inner.lock().directory.len() > LARGE;
-            if asked < ASKED_PER_REPEAT_MAX && !enough {
-                asked += 1;
+            let (asked, most) = match keeps(&inner.control, node) {
+                true => (&mut gateways_asked, GATEWAYS_ASKED_PER_REPEAT_MAX),
+                false => (&mut others_asked, OTHERS_ASKED_PER_REPEAT_MAX),
+            };
+            if *asked < most && !enough {
+                *asked += 1;
                 let agreed = agreed.clone();
                 let (inner, places) = (inner.clone(), places.clone());
                 tokio::spawn(async move {
@@ -204,12 +211,7 @@ async fn ask(inner: &Inner, node: NodeId) -> Verdict {
         }
         request.after = page.next;
     }
-    // Only gateways keep the whole directory; others may have come just now.
-    let keeps = inner
-        .control
-        .peer(node)
-        .is_some_and(|record| Capabilities(record.capabilities).has(Capabilities::DIRECTORY));
-    if !keeps {
+    if !keeps(&inner.control, node) {
         return Verdict::Alone;
     }
     let verdict = inner.lock().snapshots.take(node, told);
@@ -218,6 +220,12 @@ async fn ask(inner: &Inner, node: NodeId) -> Verdict {
         inner.lock().snapshots.forget(*by);
     }
     verdict
+}
+
+/// Whether `node` keeps the whole directory, as gateways do; others may have come just now.
+fn keeps(control: &ControlHandle, node: NodeId) -> bool {
+    let record = control.peer(node);
+    record.is_some_and(|record| Capabilities(record.capabilities).has(Capabilities::DIRECTORY))
 }
 
 async fn page_of(control: &ControlHandle, node: NodeId, request: PageRequest) -> Result<Page, String> {

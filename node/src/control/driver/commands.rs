@@ -12,7 +12,7 @@ use polder_protocol::wire::{self, Envelope, Request};
 
 use super::{Asked, Driver, refuse_id, unreachable};
 use crate::control::address::{is_relayed, node_of, peer_of};
-use crate::control::behaviour::topic_score;
+use crate::control::behaviour::{SEARCH_TIME_MAX, topic_score};
 use crate::control::handle::Command;
 use crate::control::meetings::Waiting;
 use crate::control::{Circles, ControlError};
@@ -130,7 +130,10 @@ impl Driver {
             Err(DialError::NoAddresses) if self.go_around(node, around) => {}
             Err(DialError::NoAddresses) => {
                 // Perhaps the routing table leads there; a later try finds what it learnt.
-                self.swarm.behaviour_mut().kad.get_closest_peers(peer);
+                let kad = &mut self.swarm.behaviour_mut().kad;
+                kad.let_dial(true);
+                kad.get_closest_peers(peer);
+                self.searches_until = Some(Instant::now() + SEARCH_TIME_MAX);
                 self.fail_waiting(node, || unreachable(node, "none of its addresses is known"));
             }
             Err(error) => {

@@ -17,27 +17,33 @@ use crate::control::behaviour::AGENT;
 use crate::control::meetings::{Member, REFUSED_STAYS};
 use crate::control::shared::{lock, unix_now};
 use crate::control::table::{Origin, has_room};
-use crate::control::{ControlError, Path, PeerEvent, PeerRecord};
+use crate::control::{Addresses, ControlError, Path, PeerEvent, PeerRecord};
 use crate::neighbourhood::Neighbourhood;
 
 impl Driver {
     pub(super) fn own_hello(&self) -> Hello {
-        let listening = lock(&self.shared.listen_addresses).clone();
-        let mut control_addresses: Vec<String> = self.swarm.external_addresses().map(ToString::to_string).collect();
-        control_addresses.extend(listening);
-        // Others on this machine know it by 127.0.0.1, so that stays, last; what is told twice goes.
-        control_addresses.sort_by_cached_key(|address| rank(address));
-        control_addresses.dedup();
-        control_addresses.truncate(ADDRESSES_MAX);
-        let mut data_addresses = lock(&self.shared.data_addresses).clone();
-        data_addresses.truncate(ADDRESSES_MAX);
+        let own = self.own_addresses();
         Hello {
             agent: AGENT.into(),
             instance: self.instance,
             credentials: self.gate.credentials(),
-            control_addresses,
-            data_addresses,
+            control_addresses: own.control,
+            data_addresses: own.data,
         }
+    }
+
+    /// Where others are told to look for this node: where it listens, what its operator says, and what a router has opened.
+    pub(super) fn own_addresses(&self) -> Addresses {
+        let listening = lock(&self.shared.listen_addresses).clone();
+        let mut control: Vec<String> = self.swarm.external_addresses().map(ToString::to_string).collect();
+        control.extend(listening);
+        // Others on this machine know it by 127.0.0.1, so that stays, last; what is told twice goes.
+        control.sort_by_cached_key(|address| rank(address));
+        control.dedup();
+        control.truncate(ADDRESSES_MAX);
+        let mut data = lock(&self.shared.data_addresses).clone();
+        data.truncate(ADDRESSES_MAX);
+        Addresses { control, data }
     }
 
     /// Shows this node's credentials. A newcomer has none, and only asks to be enrolled.
@@ -150,18 +156,19 @@ impl Driver {
         Ok(())
     }
 
-    pub(super) fn hints(&self, newcomer: NodeId) -> Vec<PeerHint> {
+    /// Members that a newcomer may meet, others for each: were they the same, all would hang on a few.
+    pub(super) fn hints(&mut self, newcomer: NodeId) -> Vec<PeerHint> {
         let peers = lock(&self.shared.peers);
         let others = peers
             .values()
             .filter(|record| record.node != newcomer && record.path != Path::Lost);
-        others
-            .take(HINTS_MAX)
-            .map(|record| PeerHint {
-                node: record.node,
-                control_addresses: record.control_addresses.clone(),
-            })
-            .collect()
+        let mut drawn: Vec<(u64, &PeerRecord)> = others.map(|record| (self.random.next_u64(), record)).collect();
+        drawn.sort_unstable_by_key(|(number, _)| *number);
+        let told = drawn.into_iter().take(HINTS_MAX).map(|(_, record)| PeerHint {
+            node: record.node,
+            control_addresses: record.control_addresses.clone(),
+        });
+        told.collect()
     }
 
     pub(super) fn on_greeting(&mut self, node: NodeId, connection: ConnectionId, reply: Reply, now: Instant) {

@@ -18,6 +18,7 @@ use libp2p::request_response::{OutboundRequestId, ResponseChannel};
 use libp2p::swarm::SwarmEvent;
 use libp2p::{Multiaddr, Swarm};
 use polder_protocol::hash::NodeId;
+use polder_protocol::rng::Random;
 use polder_protocol::wire::{self, Farewell, Refusal, Reply, Request, Service};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -108,6 +109,9 @@ pub(super) async fn start(
         asked: BTreeMap::new(),
         replies: FuturesUnordered::new(),
         early: VecDeque::new(),
+        // Without random numbers all nodes look for the same ones first, which is slow and not wrong.
+        random: Random::from_seed(getrandom::u64().unwrap_or(0)),
+        searches_until: None,
         rechecked: Instant::now(),
         reach: reach::Reach::new(config.relay_server),
     };
@@ -196,6 +200,9 @@ struct Driver {
     asked: BTreeMap<OutboundRequestId, (NodeId, Asked)>,
     replies: FuturesUnordered<Reached>,
     early: VecDeque<(NodeId, Request, ResponseChannel<Reply>)>,
+    random: Random,
+    /// Until when the routing table may dial those whom it hears of.
+    searches_until: Option<Instant>,
     rechecked: Instant,
     reach: reach::Reach,
 }
@@ -241,18 +248,42 @@ impl Driver {
             self.recheck(now);
         }
         self.keep_reachable(now);
+        let own = self.own_addresses();
+        self.shared.told.send_if_modified(|told| {
+            let changed = *told != own;
+            if changed {
+                *told = own;
+            }
+            changed
+        });
+        if self.searches_until.is_some_and(|until| until <= now) {
+            self.searches_until = None;
+            self.swarm.behaviour_mut().kad.let_dial(false);
+        }
         let topics: Vec<String> = lock(&self.shared.topics).keys().cloned().collect();
         topics.iter().for_each(|topic| self.subscribe(topic));
         if self.gate.credentials().is_empty() {
             return;
         }
-        if self.meetings.members() < self.peers_target {
-            for node in self.meetings.worth_a_dial(DIALS_PER_TICK, now) {
-                if node != self.shared.node {
-                    self.dial(node);
-                }
-            }
+        self.look_for_peers(now);
+    }
+
+    /// Dials further members while there are too few.
+    fn look_for_peers(&mut self, now: Instant) {
+        let members = self.meetings.members();
+        if members >= self.peers_target {
+            return;
         }
+        // Those that are being met count, so that a slow machine does not meet everybody; one more is always tried.
+        let dialling = self.reach.dialling();
+        let coming = self.meetings.greeted() + dialling.len();
+        let missing = self.peers_target.saturating_sub(members + coming);
+        let count = missing.clamp(1, DIALS_PER_TICK);
+        let mut next = self
+            .meetings
+            .worth_a_dial(count + dialling.len(), now, &mut self.random);
+        next.retain(|node| *node != self.shared.node && !dialling.contains(node));
+        next.into_iter().take(count).for_each(|node| self.dial(node));
     }
 
     async fn say_goodbye(&mut self) {

@@ -66,6 +66,11 @@ impl Reach {
         }
     }
 
+    /// Dials that have neither arrived nor failed.
+    pub(super) fn dialling(&self) -> BTreeSet<NodeId> {
+        self.under_way.keys().copied().collect()
+    }
+
     /// A listener has ended; it may have been one at a gateway.
     pub(super) fn closed(&mut self, listener: ListenerId, now: Instant) {
         let before = self.relays.len();
