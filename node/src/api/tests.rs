@@ -108,7 +108,7 @@ async fn what_is_wrong_is_said_in_the_shape_that_clients_read() {
             400,
             "tool_choice",
         ),
-        ("/v1/chat/completions", json!({ "messages": 3 }), 422, "messages"),
+        ("/v1/chat/completions", json!({ "messages": 3 }), 400, "messages"),
     ] {
         let (found, body) = post(&address, path, &question).await;
         assert_eq!(found, status, "{body}");
