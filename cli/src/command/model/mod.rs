@@ -13,7 +13,7 @@ use anyhow::{Context as _, bail};
 use bytesize::ByteSize;
 use indicatif::{ProgressBar, ProgressStyle};
 use polder_node::data::{BlobStore, Keep};
-use polder_node::epochs::Epochs;
+use polder_node::epochs::{Epochs, model_name};
 use polder_protocol::blob::blob_id;
 use polder_protocol::epoch::Epoch;
 use polder_protocol::hash::{BlobId, EpochId};
@@ -38,7 +38,7 @@ enum Verb {
         /// The file, or the folder with config.json, safetensors and tokenizer.json
         path: PathBuf,
         /// What to call the model [default: the name of the file or folder]
-        #[arg(long)]
+        #[arg(long, value_parser = model_name)]
         name: Option<String>,
     },
     /// Fetch a published model from Hugging Face and bring it in
@@ -50,7 +50,7 @@ enum Verb {
         /// hf:ORG/NAME, hf:ORG/NAME@REVISION, or hf:ORG/NAME/FILE.gguf
         model: String,
         /// What to call the model [default: the name of the repository or file]
-        #[arg(long)]
+        #[arg(long, value_parser = model_name)]
         name: Option<String>,
     },
     /// Write a model as a GGUF file or as a Hugging Face folder
@@ -74,7 +74,7 @@ enum Verb {
         #[arg(long, value_name = "TYPE")]
         to: String,
         /// What to call the new model [default: the model's name and the type]
-        #[arg(long)]
+        #[arg(long, value_parser = model_name)]
         name: Option<String>,
     },
     /// Make a tokenizer
