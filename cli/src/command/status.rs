@@ -43,6 +43,10 @@ impl fmt::Display for Answer {
         )?;
         writeln!(f, "folder      {}", status.home)?;
         writeln!(f, "local API   {}", self.api)?;
+        if !status.control.is_empty() {
+            writeln!(f, "control     {}", status.control.join(", "))?;
+        }
+        writeln!(f, "data        {}", status.data)?;
         writeln!(f, "up          {} s", status.uptime_seconds)?;
         match &status.idle_because {
             None => writeln!(f, "works       yes")?,
