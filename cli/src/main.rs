@@ -10,6 +10,7 @@ mod context;
 mod failure;
 mod hub;
 mod institutions;
+mod interrupts;
 mod pages;
 
 use std::io::IsTerminal;

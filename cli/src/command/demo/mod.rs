@@ -20,6 +20,7 @@ use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
 
 use crate::context::Context;
+use crate::interrupts::when_asked_to_end;
 use processes::Node;
 use texts::TEXTS;
 use view::{View, bytes};
@@ -126,34 +127,8 @@ impl Drop for Folder {
 /// Ctrl-C ends the demonstration in order: nodes first, then the folder. So does whoever asks the process to end, and a
 /// terminal that closes: the nodes are in process groups of their own and would go on.
 fn notice_interrupts(stop: &Arc<AtomicBool>) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start a runtime")?;
     let stop = Arc::clone(stop);
-    std::thread::spawn(move || {
-        runtime.block_on(async {
-            if asked_to_end().await.is_ok() {
-                stop.store(true, Ordering::Relaxed);
-            }
-        });
-    });
-    Ok(())
-}
-
-async fn asked_to_end() -> std::io::Result<()> {
-    #[cfg(unix)]
-    {
-        use tokio::signal::unix::{SignalKind, signal};
-        let (mut terminate, mut hang_up) = (signal(SignalKind::terminate())?, signal(SignalKind::hangup())?);
-        tokio::select! {
-            pressed = tokio::signal::ctrl_c() => pressed,
-            _ = terminate.recv() => Ok(()),
-            _ = hang_up.recv() => Ok(()),
-        }
-    }
-    #[cfg(not(unix))]
-    tokio::signal::ctrl_c().await
+    when_asked_to_end(move || stop.store(true, Ordering::Relaxed)).context("cannot wait for signals")
 }
 
 /// Ends the preparations when somebody has asked for it; what is under way is dropped, and ends with that.

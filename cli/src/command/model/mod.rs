@@ -3,6 +3,7 @@
 mod convert;
 mod pull;
 mod tokenizer;
+mod workplace;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -23,6 +24,7 @@ use serde::Serialize;
 
 use crate::context::Context;
 use crate::failure::Hint;
+use workplace::Workplace;
 
 /// Arguments of `polder model`.
 #[derive(Debug, clap::Args)]
@@ -137,10 +139,8 @@ fn import(context: &Context, path: &Path, name: Option<String>) -> anyhow::Resul
     let home = context.home();
     fs::create_dir_all(home).with_context(|| format!("cannot make {}", home.display()))?;
     // Beside the blobs, so that part files move in without a copy.
-    let workplace = home.join(format!("import-{}", std::process::id()));
-    fs::create_dir_all(&workplace).with_context(|| format!("cannot make {}", workplace.display()))?;
-    let imported = import_within(context, path, name, &workplace);
-    let _ = fs::remove_dir_all(&workplace); // What is left of a failed import is only in the way.
+    let workplace = Workplace::beside(&home.join("import"))?;
+    let imported = import_within(context, path, name, &workplace.0);
     let (id, epoch) = imported.with_context(|| format!("cannot import {}", path.display()))?;
     context.show(&Imported {
         id: id.to_string(),

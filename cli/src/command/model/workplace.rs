@@ -1,0 +1,47 @@
+//! A folder for files that are being made. It goes away when they are, when they cannot be, and when somebody ends the program.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context as _;
+
+use crate::interrupts::when_asked_to_end;
+
+/// What a shell gives a program that Ctrl-C has ended.
+const INTERRUPTED: i32 = 130;
+
+/// How often a folder is taken away whose files are still being written.
+const REMOVALS_MAX: u32 = 20;
+
+/// A folder that goes away again.
+pub(super) struct Workplace(pub(super) PathBuf);
+
+impl Workplace {
+    /// On the same disk as `path`, so that files can move.
+    pub(super) fn beside(path: &Path) -> anyhow::Result<Self> {
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(format!(".work-{}", std::process::id()));
+        let folder = path.with_file_name(name);
+        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        let interrupted = folder.clone();
+        when_asked_to_end(move || {
+            // The thread that computes makes files until the process ends.
+            for _ in 0..REMOVALS_MAX {
+                if fs::remove_dir_all(&interrupted).is_ok() {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            std::process::exit(INTERRUPTED);
+        })
+        .context("cannot wait for signals")?;
+        Ok(Self(folder))
+    }
+}
+
+impl Drop for Workplace {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0); // What is left is only in the way.
+    }
+}
