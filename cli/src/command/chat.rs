@@ -130,10 +130,15 @@ async fn answer(client: &Client, home: &Path, arguments: &Arguments, messages: &
 fn lines() -> mpsc::Receiver<String> {
     let (sender, lines) = mpsc::channel(1);
     thread::spawn(move || {
-        for line in std::io::stdin().lock().lines().map_while(Result::ok) {
-            if sender.blocking_send(line).is_err() {
+        let mut input = std::io::stdin().lock();
+        let mut line = Vec::new();
+        // A terminal that takes back half a character leaves bytes that are no text; the conversation does not end of it.
+        while input.read_until(b'\n', &mut line).is_ok_and(|bytes| bytes > 0) {
+            let text = String::from_utf8_lossy(&line).trim_end_matches(['\r', '\n']).to_owned();
+            if sender.blocking_send(text).is_err() {
                 return;
             }
+            line.clear();
         }
     });
     lines
