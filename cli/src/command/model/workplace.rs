@@ -24,8 +24,9 @@ impl Workplace {
         name.push(format!(".work-{}", std::process::id()));
         let folder = path.with_file_name(name);
         fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-        let interrupted = folder.clone();
+        let (interrupted, path) = (folder.clone(), path.to_owned());
         when_asked_to_end(move || {
+            remove_partial(&path);
             // The thread that computes makes files until the process ends.
             for _ in 0..REMOVALS_MAX {
                 if fs::remove_dir_all(&interrupted).is_ok() {
@@ -33,10 +34,28 @@ impl Workplace {
                 }
                 std::thread::sleep(Duration::from_millis(5));
             }
+            remove_partial(&path);
             std::process::exit(INTERRUPTED);
         })
         .context("cannot wait for signals")?;
         Ok(Self(folder))
+    }
+}
+
+/// Takes away what this process has written of `path` under the name that it has before it is whole.
+fn remove_partial(path: &Path) {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let partial = format!("{name}.partial-{}", std::process::id());
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    for entry in fs::read_dir(folder.unwrap_or(Path::new(".")))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        if entry.file_name().to_string_lossy().starts_with(&partial) {
+            // A folder or a file; what cannot be removed is found by its name.
+            let _ = fs::remove_dir_all(entry.path()).or_else(|_| fs::remove_file(entry.path()));
+        }
     }
 }
 
