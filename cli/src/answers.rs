@@ -1,13 +1,15 @@
 //! Answers of the local daemon as they come: server-sent events read into pieces of text.
 
-use std::io::{BufRead, BufReader, Read};
+use std::borrow::Cow;
+use std::io::{BufRead, BufReader, IsTerminal, Read};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, bail};
 use polder_node::home::Home;
 use serde_json::{Value, json};
 
 use crate::client::Client;
+use crate::context::printable;
 use crate::institutions;
 
 /// The longest event; a piece of text is a few bytes, and the last one names the chain.
@@ -65,8 +67,20 @@ impl Choosing {
     ///
     /// # Errors
     ///
-    /// An institution that the federation does not have.
+    /// An institution that the federation does not have, and what is no number.
     pub(crate) fn question(&self, home: &Path, messages: &[Value]) -> anyhow::Result<Value> {
+        // JSON has no such number, and the node would take its own default.
+        let numbers = [
+            ("temperature", self.temperature),
+            ("top-p", self.top_p),
+            ("min-p", self.min_p),
+            ("repetition-penalty", self.repetition_penalty),
+            ("frequency-penalty", self.frequency_penalty),
+            ("presence-penalty", self.presence_penalty),
+        ];
+        if let Some((name, number)) = numbers.iter().find(|(_, number)| !number.is_finite()) {
+            bail!("--{name} {number} is no number to choose by");
+        }
         let mut question = json!({
             "messages": messages,
             "temperature": self.temperature,
@@ -227,6 +241,16 @@ fn piece(data: &str) -> anyhow::Result<Option<Piece>> {
         .and_then(Value::as_str)
         .unwrap_or_default();
     Ok((!text.is_empty()).then(|| Piece::Text(text.to_owned())))
+}
+
+/// A piece of an answer as it goes to standard output: whoever computed it is not to steer a terminal with it. A file or a
+/// pipe gets what came.
+pub(crate) fn shown(text: &str) -> Cow<'_, str> {
+    if std::io::stdout().is_terminal() {
+        Cow::Owned(printable(text))
+    } else {
+        Cow::Borrowed(text)
+    }
 }
 
 /// Who answered, for people: which node computed which blocks.

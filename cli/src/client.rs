@@ -126,6 +126,35 @@ fn read<T: DeserializeOwned>(mut response: ureq::http::Response<ureq::Body>, pat
     let hint = answer.get("hint").or_else(|| error.get("hint")).and_then(Value::as_str);
     match hint {
         Some(hint) => Err(hinted(anyhow!("{reason}"), hint)),
+        None if reason.is_empty() => Err(hinted(
+            anyhow!("the node answers {status} to {path} and does not say why"),
+            "are program and running node of the same version?",
+        )),
         None => bail!("{reason}"),
+    }
+}
+
+/// A name that a person typed, as one segment of a path: whatever it holds, it names nothing else.
+pub(crate) fn segment(name: &str) -> String {
+    let mut segment = String::new();
+    for byte in name.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'~' => segment.push(char::from(byte)),
+            // Two dots would be the folder above.
+            _ => segment.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    segment
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_stays_one_segment_of_a_path() {
+        assert_eq!(segment("delta-1"), "delta-1");
+        assert_eq!(segment("../a b?"), "%2E%2E%2Fa%20b%3F");
+        assert_eq!(segment("é"), "%C3%A9");
     }
 }

@@ -60,7 +60,7 @@ impl Context {
         let text = if self.json {
             serde_json::to_string(answer)?
         } else {
-            answer.to_string()
+            printable(&answer.to_string())
         };
         write_all(&format!("{}\n", text.trim_end_matches('\n')))
     }
@@ -70,9 +70,21 @@ impl Context {
         if self.json {
             Ok(())
         } else {
-            write_all(&format!("{text}\n"))
+            write_all(&format!("{}\n", printable(&text.to_string())))
         }
     }
+}
+
+/// Writes to standard error, where there may be nobody: a log on a full disk, or a reader that has gone away.
+pub(crate) fn note(text: &str) {
+    // There is no other place to say so.
+    let _ = io::stderr().write_all(text.as_bytes());
+}
+
+/// Text that may hold what others wrote, such as the name of a model, without what would steer a terminal.
+pub(crate) fn printable(text: &str) -> String {
+    let steers = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+    text.replace(steers, "\u{fffd}")
 }
 
 /// Writes to standard output at once. A reader that has gone away, such as `head`, is no failure of ours.
@@ -83,5 +95,18 @@ pub(crate) fn write_all(text: &str) -> anyhow::Result<()> {
             Err(error).context("cannot write to standard output")
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_wrote_steers_no_terminal() {
+        assert_eq!(
+            printable("a\u{1b}[31mb\u{9b}\r\n\té"),
+            "a\u{fffd}[31mb\u{fffd}\u{fffd}\n\té"
+        );
     }
 }

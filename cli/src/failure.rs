@@ -5,6 +5,8 @@ use std::fmt;
 use std::io::Write;
 use std::process::ExitCode;
 
+use crate::context::printable;
+
 /// Adds what to try to a failure. The text is printed after everything else, on a line of its own.
 pub(crate) trait Hint<T> {
     /// Says what to try, in the words of whoever typed the command.
@@ -46,7 +48,7 @@ fn render(error: &anyhow::Error) -> String {
     if let Some(hinted) = error.chain().find_map(|cause| cause.downcast_ref::<Hinted>()) {
         text.push_str(&format!("  hint: {}\n", hinted.hint));
     }
-    text
+    printable(&text)
 }
 
 /// An error that looks like the one it holds, and carries a hint.

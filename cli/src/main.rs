@@ -10,6 +10,7 @@ mod context;
 mod failure;
 mod hub;
 mod institutions;
+mod interrupts;
 mod pages;
 
 use std::io::IsTerminal;
@@ -34,6 +35,10 @@ struct Arguments {
     command: command::Command,
 }
 
+/// Warnings, but of two libraries errors alone: they warn of what happens every day, such as a network that is away, and what
+/// comes of it this program says itself.
+const LOGGED: &str = "warn,quinn_udp=error,libp2p_kad=error";
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     log_to_stderr();
@@ -51,12 +56,15 @@ fn main() -> ExitCode {
 
 /// Logs go to standard error, so that standard output holds nothing but answers.
 fn log_to_stderr() {
-    let filter = EnvFilter::try_from_env("POLDER_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    let filter = EnvFilter::try_from_env("POLDER_LOG").unwrap_or_else(|_| EnvFilter::new(LOGGED));
     let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let started = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(colours)
+        // A log that cannot be written, on a full disk, would otherwise be complained of where it cannot be written either,
+        // and that ends the thread.
+        .log_internal_errors(false)
         .try_init();
     // Only a second subscriber could make this fail, and there is one call.
     debug_assert!(started.is_ok());

@@ -15,6 +15,43 @@ fn misuse_exits_with_2_and_help_with_0() {
     assert_eq!(polder(&["--help"]).status.code(), Some(0));
 }
 
+/// As the guide for organisers types it.
+#[test]
+fn files_are_written_where_the_command_is_typed() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_polder"))
+            .args(["--home", "home"])
+            .args(arguments)
+            .current_dir(folder.path())
+            .output()
+            .unwrap();
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code(), error)
+    };
+    let (code, error) = here(&[
+        "charter",
+        "new",
+        "Delta",
+        "--institution",
+        "Leiden",
+        "--to",
+        "first.charter",
+    ]);
+    assert_eq!(code, Some(0), "{error}");
+    let (code, error) = here(&["charter", "sign", "first.charter"]);
+    assert_eq!(code, Some(0), "{error}");
+    let gateway = ["--address", "/ip4/192.0.2.1/tcp/4001"];
+    let (code, error) = here(&[&["invite", "--to", "line"][..], &gateway].concat());
+    assert_eq!(code, Some(0), "{error}");
+    assert!(folder.path().join("line").is_file());
+    let (code, error) = here(&["invite", "--address", "gateway.example.org"]);
+    assert!(code == Some(2) && error.contains("/dns4/"), "{error}");
+    // A certificate that goes nowhere would be none.
+    let (code, error) = here(&["institution", "certify", &"ab".repeat(32)]);
+    assert!(code == Some(1) && error.contains("--to FILE"), "{error}");
+}
+
 #[test]
 fn a_completion_script_names_the_binary() {
     let output = polder(&["completions", "bash"]);

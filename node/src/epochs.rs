@@ -18,6 +18,24 @@ const EPOCH_BYTES_MAX: u64 = 16 << 20;
 /// The shortest beginning of an id that names it.
 const PREFIX_DIGITS_MIN: usize = 4;
 
+/// The longest name of a model, in characters.
+const NAME_MAX: usize = 128;
+
+/// Reads what a person wants to call a model: something that can be typed and shown again.
+///
+/// # Errors
+///
+/// What is wrong with it, for people.
+pub fn model_name(text: &str) -> Result<String, String> {
+    if text.is_empty() || text != text.trim() || text.chars().any(char::is_control) {
+        return Err("a model's name is not empty, and has neither space around it nor control characters".to_owned());
+    }
+    if text.chars().count() > NAME_MAX {
+        return Err(format!("a model's name has at most {NAME_MAX} characters"));
+    }
+    Ok(text.to_owned())
+}
+
 /// Why an epoch cannot be had.
 #[derive(Debug, Error)]
 #[expect(missing_docs, reason = "each message is its own documentation")]
@@ -180,6 +198,14 @@ fn list(ids: &[EpochId]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_can_be_typed_and_shown_again() {
+        assert_eq!(model_name("Ølmo 2/7B").as_deref(), Ok("Ølmo 2/7B"));
+        for wrong in ["", " ", " a", "a\u{1b}[31m", "a\nb", &"a".repeat(129)] {
+            assert!(model_name(wrong).is_err(), "{wrong:?}");
+        }
+    }
 
     #[test]
     fn an_epoch_is_found_by_its_name_and_by_the_beginning_of_its_id() {

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use serde_json::{Value, json};
 
-use crate::answers::{Choosing, Piece, ask, message, who_answered};
+use crate::answers::{Choosing, Piece, ask, message, shown, who_answered};
 use crate::client::Client;
-use crate::context::{Context, write_all};
+use crate::context::{Context, note, write_all};
 
 /// The longest question from standard input; the context of any model ends before.
 const QUESTION_BYTES_MAX: u64 = 4 << 20;
@@ -61,7 +61,7 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
         match piece? {
             Piece::Text(text) => {
                 if !context.json() {
-                    write_all(&text)?;
+                    write_all(&shown(&text))?;
                 }
                 all.push_str(&text);
             }
@@ -85,17 +85,17 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
     }
     for call in &calls {
         let text = |path: &str| call.pointer(path).and_then(Value::as_str).unwrap_or_default();
-        write_all(&format!(
+        write_all(&shown(&format!(
             "call {} {}\n",
             text("/function/name"),
             text("/function/arguments")
-        ))?;
+        )))?;
     }
     if arguments.verbose {
-        eprint!("answered by\n{}", who_answered(&polder));
+        note(&format!("answered by\n{}", who_answered(&polder)));
     }
     if reason == "length" && std::io::stderr().is_terminal() {
-        eprintln!("(the answer was cut: its limit of tokens was reached)");
+        note("(the answer was cut: its limit of tokens was reached)\n");
     }
     Ok(())
 }

@@ -438,7 +438,10 @@ impl fmt::Display for Answer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{} · charter {} of {}", self.name, self.number, self.created)?;
         writeln!(f, "federation  {}", self.federation)?;
-        writeln!(f, "decided by  {} founders' signatures", self.threshold)?;
+        match self.threshold {
+            1 => writeln!(f, "decided by  the signature of 1 founder")?,
+            count => writeln!(f, "decided by  the signatures of {count} founders")?,
+        }
         for (label, text) in [("models", &self.models), ("policies", &self.policies)] {
             if !text.is_empty() {
                 writeln!(f, "{label:<12}{text}")?;

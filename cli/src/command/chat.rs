@@ -1,16 +1,17 @@
 //! `polder chat`: questions and answers in turn, remembered until the end.
 
-use std::io::BufRead;
+use std::io::{BufRead, IsTerminal};
 use std::path::Path;
 use std::thread;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow, ensure};
 use serde_json::Value;
 use tokio::sync::mpsc;
 
-use crate::answers::{Choosing, Piece, ask, message, who_answered};
+use crate::answers::{Choosing, Piece, ask, message, shown, who_answered};
 use crate::client::Client;
-use crate::context::{Context, write_all};
+use crate::context::{Context, note, printable, write_all};
+use crate::failure::hinted;
 
 /// Pieces of an answer that wait to be printed.
 const PIECES_MAX: usize = 64;
@@ -30,6 +31,12 @@ pub(crate) struct Arguments {
 
 /// Talks until the end of the input.
 pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()> {
+    if context.json() {
+        return Err(hinted(
+            anyhow!("a conversation is no JSON document"),
+            "for programs there are `polder ask --json` and the API, whose address `polder status` prints",
+        ));
+    }
     let client = Client::open(context.home())?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -44,6 +51,7 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
 async fn talk(client: Client, home: &Path, arguments: Arguments) -> anyhow::Result<()> {
     write_all("Ctrl-C stops an answer, Ctrl-D leaves.\n")?;
     let mut lines = lines();
+    let mut unanswered = 0;
     let mut messages: Vec<Value> = arguments.system.iter().map(|text| message("system", text)).collect();
     loop {
         write_all("> ")?;
@@ -52,7 +60,13 @@ async fn talk(client: Client, home: &Path, arguments: Arguments) -> anyhow::Resu
             _ = tokio::signal::ctrl_c() => None,
         };
         let Some(line) = line else {
-            return write_all("\n");
+            write_all("\n")?;
+            // A person has seen it; a script looks at the exit code.
+            ensure!(
+                unanswered == 0 || std::io::stdin().is_terminal(),
+                "{unanswered} questions were not answered"
+            );
+            return Ok(());
         };
         if line.trim().is_empty() {
             continue;
@@ -63,7 +77,8 @@ async fn talk(client: Client, home: &Path, arguments: Arguments) -> anyhow::Resu
             Err(error) => {
                 // The question is forgotten, so that it can be asked again.
                 messages.pop();
-                eprintln!("error: {error:#}");
+                note(&printable(&format!("error: {error:#}\n")));
+                unanswered += 1;
             }
         }
     }
@@ -97,11 +112,11 @@ async fn answer(client: &Client, home: &Path, arguments: &Arguments, messages: &
         };
         match piece.transpose().context("no answer")? {
             Some(Piece::Text(text)) => {
-                write_all(&text)?;
+                write_all(&shown(&text))?;
                 all.push_str(&text);
             }
             Some(Piece::Ended { polder, .. }) if arguments.verbose => {
-                eprint!("\nanswered by\n{}", who_answered(&polder));
+                note(&format!("\nanswered by\n{}", who_answered(&polder)));
             }
             Some(Piece::Ended { .. } | Piece::Calls(_) | Piece::Usage(_)) => {}
             None => break,
@@ -115,10 +130,15 @@ async fn answer(client: &Client, home: &Path, arguments: &Arguments, messages: &
 fn lines() -> mpsc::Receiver<String> {
     let (sender, lines) = mpsc::channel(1);
     thread::spawn(move || {
-        for line in std::io::stdin().lock().lines().map_while(Result::ok) {
-            if sender.blocking_send(line).is_err() {
+        let mut input = std::io::stdin().lock();
+        let mut line = Vec::new();
+        // A terminal that takes back half a character leaves bytes that are no text; the conversation does not end of it.
+        while input.read_until(b'\n', &mut line).is_ok_and(|bytes| bytes > 0) {
+            let text = String::from_utf8_lossy(&line).trim_end_matches(['\r', '\n']).to_owned();
+            if sender.blocking_send(text).is_err() {
                 return;
             }
+            line.clear();
         }
     });
     lines

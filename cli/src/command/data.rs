@@ -10,7 +10,7 @@ use polder_node::train::DataSet;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::client::Client;
+use crate::client::{Client, segment};
 use crate::context::Context;
 
 /// Name texts of this machine for training; they never leave it
@@ -53,7 +53,7 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
         }
         Verb::List => context.show(&client.get::<Listed>("/train/data")?),
         Verb::Remove { name } => {
-            client.post::<Value>(&format!("/train/data/{name}/remove"), &json!({}))?;
+            client.post::<Value>(&format!("/train/data/{}/remove", segment(&name)), &json!({}))?;
             context.show(&Done { name, done: "removed" })
         }
     }

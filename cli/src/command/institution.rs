@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, anyhow, ensure};
 use clap::Subcommand;
 use polder_node::enrol::{self, CERTIFICATE_SECONDS, certify};
 use polder_node::home::{Home, write_whole};
@@ -12,7 +12,7 @@ use polder_protocol::hash::NodeId;
 use serde::Serialize;
 
 use crate::context::Context;
-use crate::failure::Hint;
+use crate::failure::{Hint, hinted};
 use crate::institutions::{acting, date, node};
 
 /// Arguments of `polder institution`.
@@ -90,6 +90,13 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
         } => {
             let charters = charters(&home)?;
             let own = acting(&home, charters.current(), institution.as_deref())?;
+            let ours = node == home.node_key()?.node();
+            if !ours && to.is_none() {
+                return Err(hinted(
+                    anyhow!("a certificate for another node needs a file to travel in"),
+                    "name one with --to FILE; on that node: polder institution accept FILE",
+                ));
+            }
             let certificate = certify(
                 &own.key,
                 &charters,
@@ -97,7 +104,7 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
                 capabilities,
                 days.saturating_mul(DAY_SECONDS),
             )?;
-            if node == home.node_key()?.node() {
+            if ours {
                 home.save_certificate(&certificate)?;
             }
             if let Some(file) = &to {

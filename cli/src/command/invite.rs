@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, anyhow};
+use polder_node::control::is_multiaddress;
 use polder_node::daemon::Config;
 use polder_node::home::{Home, TokenGrant, write_secret};
 use polder_node::members::unix_now;
@@ -31,7 +32,7 @@ pub(crate) struct Arguments {
     hours: u64,
     /// Where this gateway's control plane answers, such as /dns4/polder.example.org/tcp/4001; may be given more than
     /// once [default: what the daemon last saw]
-    #[arg(long, value_name = "MULTIADDRESS")]
+    #[arg(long, value_name = "MULTIADDRESS", value_parser = multiaddress)]
     address: Vec<String>,
     /// Where this gateway's data plane answers, such as 192.0.2.1:4002; may be given more than once
     #[arg(long, value_name = "IP:PORT")]
@@ -39,6 +40,13 @@ pub(crate) struct Arguments {
     /// Write the line to a file instead
     #[arg(long, value_name = "FILE")]
     to: Option<PathBuf>,
+}
+
+fn multiaddress(text: &str) -> Result<String, String> {
+    if is_multiaddress(text) {
+        return Ok(text.to_owned());
+    }
+    Err("write it as /dns4/HOST/tcp/PORT or /ip4/192.0.2.1/tcp/4001".to_owned())
 }
 
 /// Prints the line.

@@ -10,6 +10,7 @@ use polder_node::daemon::{Config, Daemon, DaemonError, Started};
 use polder_node::enrol::EnrolError;
 use polder_node::home::Home;
 use polder_node::members::MembersError;
+use polder_protocol::charter::Refusal;
 use polder_protocol::invite::Invite;
 use tokio::signal;
 
@@ -139,12 +140,22 @@ fn explain(error: DaemonError) -> anyhow::Error {
         DaemonError::Enrol(error) if matches!(**error, EnrolError::Member { .. }) => {
             "`polder join` without a line starts this node; for another federation, name another folder with --home"
         }
+        DaemonError::Enrol(error)
+            if matches!(
+                **error,
+                EnrolError::Certificate(Refusal::Expired { .. } | Refusal::NotYetValid { .. })
+            ) =>
+        {
+            "is this machine's clock right? `date -u` shows it; the same line can be used again"
+        }
         DaemonError::Enrol(_) => "ask your institution's gateway for a new line: `polder invite`",
         DaemonError::Door { .. } => {
             "is the gateway running, and does a firewall between here and there let it through?"
         }
         DaemonError::Api { .. } => "set `api` in config.toml to another port, or to port 0 for any",
-        DaemonError::Data(_) => "set `data_port` in config.toml to another port, or to 0 for any",
+        DaemonError::Data(_) => {
+            "set `data_port` in config.toml to another port, or to 0 for any; `listen` there must be an address of this machine"
+        }
         DaemonError::Control(_) => "set `control_port` in config.toml to another port, or to 0 for any",
         _ => return error.into(),
     };
@@ -178,6 +189,12 @@ fn detach(context: &Context, arguments: &Arguments) -> anyhow::Result<()> {
     while Instant::now() < deadline {
         if let Some(status) = child.try_wait().context("cannot watch the node")? {
             let log = std::fs::read_to_string(&path).unwrap_or_default();
+            if log.trim().is_empty() {
+                return Err(hinted(
+                    anyhow!("the node ended at once ({status}) and could not say why"),
+                    format!("is there room on the disk of {}?", context.home().display()),
+                ));
+            }
             bail!("the node ended at once ({status}):\n{}", log.trim_end());
         }
         if let Ok(client) = Client::open(context.home())

@@ -45,7 +45,7 @@ impl fmt::Display for Answer {
                 f,
                 "{:<8}  {:<16}  {:<7}  {:<7}  {:>9}  {:>10}  {:>10}  {:>6}  {:>5}  {:<21}  {}",
                 peer.node.get(..8).unwrap_or(&peer.node),
-                peer.institution.chars().take(16).collect::<String>(),
+                short(&peer.institution, 16),
                 peer.path,
                 data.map_or("-", |data| data.road.as_str()),
                 rtt,
@@ -59,4 +59,13 @@ impl fmt::Display for Answer {
         }
         Ok(())
     }
+}
+
+/// At most `length` characters; what was cut is told.
+fn short(text: &str, length: usize) -> String {
+    if text.chars().count() <= length {
+        return text.to_owned();
+    }
+    let kept: String = text.chars().take(length.saturating_sub(1)).collect();
+    format!("{kept}…")
 }

@@ -43,6 +43,10 @@ impl fmt::Display for Answer {
         )?;
         writeln!(f, "folder      {}", status.home)?;
         writeln!(f, "local API   {}", self.api)?;
+        if !status.control.is_empty() {
+            writeln!(f, "control     {}", status.control.join(", "))?;
+        }
+        writeln!(f, "data        {}", status.data)?;
         writeln!(f, "up          {} s", status.uptime_seconds)?;
         match &status.idle_because {
             None => writeln!(f, "works       yes")?,
@@ -112,13 +116,17 @@ impl fmt::Display for Answer {
             writeln!(f, "sessions    {}", status.sessions)?;
         }
         for run in &status.runs {
-            let (role, activity) = (&run.role, &run.activity);
             write!(
                 f,
                 "run         {}, {}: round {} of {}",
                 run.name, run.phase, run.rounds_done, run.rounds_total
             )?;
-            writeln!(f, "; this node: {role}, {activity}")?;
+            let does = [run.role.as_str(), run.activity.as_str()];
+            let does: Vec<&str> = does.into_iter().filter(|words| !words.is_empty()).collect();
+            match does.is_empty() {
+                true => writeln!(f)?,
+                false => writeln!(f, "; this node: {}", does.join(", "))?,
+            }
         }
         Ok(())
     }

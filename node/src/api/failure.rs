@@ -1,5 +1,7 @@
 //! Errors in the shape that OpenAI's clients read.
 
+use std::error::Error;
+
 use axum::Json;
 use axum::extract::rejection::JsonRejection;
 use axum::http::StatusCode;
@@ -23,6 +25,22 @@ impl Failure {
             status: StatusCode::BAD_REQUEST,
             kind: "invalid_request_error",
             message: message.into(),
+        }
+    }
+
+    /// What was asked for is not here.
+    pub(super) fn absent(message: impl Into<String>) -> Self {
+        Self {
+            status: StatusCode::NOT_FOUND,
+            ..Self::request(message)
+        }
+    }
+
+    /// It is here, and is asked for in another way.
+    pub(super) fn method(message: impl Into<String>) -> Self {
+        Self {
+            status: StatusCode::METHOD_NOT_ALLOWED,
+            ..Self::request(message)
         }
     }
 
@@ -57,11 +75,34 @@ impl From<ServeError> for Failure {
 
 impl From<JsonRejection> for Failure {
     fn from(rejection: JsonRejection) -> Self {
+        let message = match &rejection {
+            JsonRejection::MissingJsonContentType(_) => {
+                "the body must be JSON and say so: add the header `content-type: application/json`".to_owned()
+            }
+            // The library's own words come first; what is wrong, and where, comes from below.
+            JsonRejection::JsonDataError(error) => format!("the request does not fit: {}", cause(error)),
+            JsonRejection::JsonSyntaxError(error) => format!("the body is no JSON: {}", cause(error)),
+            other => other.body_text(),
+        };
+        let status = match rejection.status() {
+            // OpenAI's clients know this one.
+            StatusCode::UNPROCESSABLE_ENTITY => StatusCode::BAD_REQUEST,
+            status => status,
+        };
         Self {
-            status: rejection.status(),
-            ..Self::request(rejection.body_text())
+            status,
+            ..Self::request(message)
         }
     }
+}
+
+/// What is at the bottom of an error.
+fn cause(error: &dyn Error) -> String {
+    let mut last = error;
+    while let Some(source) = last.source() {
+        last = source;
+    }
+    last.to_string()
 }
 
 impl IntoResponse for Failure {

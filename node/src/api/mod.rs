@@ -15,17 +15,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::rejection::JsonRejection;
-use axum::extract::{DefaultBodyLimit, State};
+use axum::extract::{DefaultBodyLimit, Path, State};
 use axum::http::header::AUTHORIZATION;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use polder_protocol::epoch::Epoch;
+use polder_protocol::hash::EpochId;
 use serde_json::{Value, json};
 use tower_http::timeout::TimeoutLayer;
 
 use crate::daemon::PeerStatus;
-use crate::serve::ServeHandle;
+use crate::serve::{ServeError, ServeHandle};
 use failure::Failure;
 use metrics::Metrics;
 use question::{ChatQuestion, Key, TextQuestion};
@@ -51,9 +53,12 @@ pub fn router(serve: ServeHandle, peers: Peers) -> Router {
     let api = Arc::new(Api { serve, peers, metrics });
     Router::new()
         .route("/v1/models", get(models))
+        .route("/v1/models/{*name}", get(model))
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(text))
         .route("/metrics", get(show_metrics))
+        .fallback(nothing_here)
+        .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, ANSWER_MAX))
         .with_state(api)
@@ -63,20 +68,41 @@ async fn models(State(api): State<Arc<Api>>) -> Json<Value> {
     let models = api.serve.models();
     let data: Vec<Value> = models
         .iter()
-        .map(|(id, epoch, served)| {
-            json!({
-                "id": epoch.name,
-                "object": "model",
-                "created": 0,
-                "owned_by": "polder",
-                "epoch": id.to_string(),
-                "blocks": epoch.blocks(),
-                "context_length": epoch.context_tokens_max,
-                "served": served,
-            })
-        })
+        .map(|(id, epoch, served)| described(*id, epoch, *served))
         .collect();
     Json(json!({ "object": "list", "data": data }))
+}
+
+async fn model(State(api): State<Arc<Api>>, Path(name): Path<String>) -> Result<Json<Value>, Failure> {
+    let id = api.serve.find(&name)?;
+    let models = api.serve.models();
+    let found = models.iter().find(|(known, ..)| *known == id);
+    let (_, epoch, served) = found.ok_or(ServeError::UnknownEpoch { name })?;
+    Ok(Json(described(id, epoch, *served)))
+}
+
+fn described(id: EpochId, epoch: &Epoch, served: bool) -> Value {
+    json!({
+        "id": epoch.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "polder",
+        "epoch": id.to_string(),
+        "blocks": epoch.blocks(),
+        "context_length": epoch.context_tokens_max,
+        "served": served,
+    })
+}
+
+async fn nothing_here(uri: Uri) -> Failure {
+    Failure::absent(format!(
+        "there is no {} here; there are /v1/models, /v1/chat/completions, /v1/completions and /metrics",
+        uri.path()
+    ))
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> Failure {
+    Failure::method(format!("{} does not take {method}", uri.path()))
 }
 
 async fn chat(

@@ -18,6 +18,9 @@ const STOPS_MAX: usize = 16;
 /// What one conversation holds at most; the context ends long before.
 const MESSAGES_MAX: usize = 4_096;
 
+/// Who speaks. A template would take any other word for one more speaker, and a misspelled role would not be noticed.
+const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
+
 /// What `/v1/completions` gives where nobody says, as OpenAI.
 const TEXT_TOKENS_MAX: u32 = 16;
 
@@ -202,6 +205,13 @@ impl TextQuestion {
 
 impl ChatMessage {
     fn read(self) -> Result<Message, Failure> {
+        if !ROLES.contains(&self.role.as_str()) {
+            return Err(Failure::request(format!(
+                "`{}` is no role of a message; there are {}",
+                self.role,
+                ROLES.join(", ")
+            )));
+        }
         let calls = self.tool_calls.unwrap_or_default();
         let content = match self.content {
             // An assistant that only calls says nothing.
@@ -258,6 +268,9 @@ impl Common {
     ) -> Result<(GenerateRequest, Shape), Failure> {
         if self.n.is_some_and(|count| count != 1) {
             return Err(Failure::request("`n` must be 1: ask again for another answer"));
+        }
+        if tokens_max == Some(0) {
+            return Err(Failure::request("`max_tokens` must be at least 1"));
         }
         let temperature = within("temperature", self.temperature.unwrap_or(1.0), 0.0, 2.0)?;
         let top_p = within("top_p", self.top_p.unwrap_or(1.0), 0.0, 1.0)?;
@@ -362,11 +375,19 @@ fn id(text: &str) -> Result<[u8; 32], Failure> {
 
 fn the_only_model(serve: &ServeHandle) -> Result<polder_protocol::hash::EpochId, Failure> {
     let models = serve.models();
-    let mut served = models.iter().filter(|(.., served)| *served);
-    match (served.next(), served.next()) {
-        (Some((id, ..)), None) => Ok(*id),
-        (None, _) => Err(Failure::request("no model is served now")),
-        (Some(_), Some(_)) => Err(Failure::request("several models are served: name one as `model`")),
+    let served: Vec<_> = models.iter().filter(|(.., served)| *served).collect();
+    match served.as_slice() {
+        [(id, ..)] => Ok(*id),
+        [] => Err(Failure::request(
+            "no model is served now: `polder model import` and `polder model pull` bring one in",
+        )),
+        several => {
+            let names: Vec<&str> = several.iter().map(|(_, epoch, _)| epoch.name.as_str()).collect();
+            Err(Failure::request(format!(
+                "several models are served: name one as `model` (with `polder ask`: --model): {}",
+                names.join(", ")
+            )))
+        }
     }
 }
 

@@ -108,7 +108,21 @@ async fn what_is_wrong_is_said_in_the_shape_that_clients_read() {
             400,
             "tool_choice",
         ),
-        ("/v1/chat/completions", json!({ "messages": 3 }), 422, "messages"),
+        ("/v1/chat/completions", json!({ "messages": 3 }), 400, "does not fit"),
+        (
+            "/v1/chat/completions",
+            json!({ "messages": [{ "role": "wizard", "content": "x" }] }),
+            400,
+            "`wizard`",
+        ),
+        (
+            "/v1/chat/completions",
+            json!({ "messages": [{ "role": "user", "content": "x" }], "max_tokens": 0 }),
+            400,
+            "max_tokens",
+        ),
+        ("/v1/embeddings", json!({}), 404, "/v1/completions"),
+        ("/v1/models", json!({}), 405, "POST"),
     ] {
         let (found, body) = post(&address, path, &question).await;
         assert_eq!(found, status, "{body}");
@@ -126,6 +140,11 @@ async fn models_and_metrics_are_listed() {
     let body: Value = serde_json::from_str(&body).unwrap();
     assert_eq!(body["data"][0]["id"], "hashes");
     assert_eq!(body["data"][0]["served"], true);
+    let (status, body) = http(&address, "GET /v1/models/hashes", "").await;
+    assert_eq!(status, 200);
+    assert_eq!(serde_json::from_str::<Value>(&body).unwrap()["id"], "hashes");
+    let (status, body) = http(&address, "GET /v1/models/nobody", "").await;
+    assert!(status == 404 && body.contains("`nobody`"), "{body}");
     let (_, text) = http(&address, "GET /metrics", "").await;
     assert!(text.contains("polder_stages_held 1"), "{text}");
 }

@@ -45,7 +45,7 @@ pub(super) fn multiaddresses(texts: &[String]) -> Result<Vec<Multiaddr>, Control
 }
 
 /// Whether a text is an address.
-pub(crate) fn is_multiaddress(text: &str) -> bool {
+pub fn is_multiaddress(text: &str) -> bool {
     text.parse::<Multiaddr>().is_ok()
 }
 

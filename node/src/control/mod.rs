@@ -36,7 +36,8 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::gate::{Admitted, Gate};
-pub(crate) use address::{is_multiaddress, is_public, source_for};
+pub use address::is_multiaddress;
+pub(crate) use address::{is_public, source_for};
 pub use handle::{ControlHandle, Tunnels};
 pub(crate) use knock::{Knocked, knock};
 pub use relayed::RelayCaps;

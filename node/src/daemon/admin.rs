@@ -11,7 +11,7 @@ use axum::{Json, Router};
 use serde_json::{Value, json};
 
 use super::{Finding, Shared, Status};
-use crate::epochs::Epochs;
+use crate::epochs::{Epochs, model_name};
 use crate::train;
 
 /// All administrative routes, behind the token.
@@ -85,9 +85,13 @@ struct Publish {
 }
 
 async fn publish(State(shared): State<Arc<Shared>>, Json(wanted): Json<Publish>) -> Result<Json<Value>, Response> {
+    let name = model_name(&wanted.name).map_err(|reason| {
+        let reason = json!({ "error": { "message": reason } });
+        (StatusCode::BAD_REQUEST, Json(reason)).into_response()
+    })?;
     let epoch = shared
         .train
-        .publish(&wanted.run, &wanted.name, None)
+        .publish(&wanted.run, &name, None)
         .await
         .map_err(IntoResponse::into_response)?;
     let saved = Epochs::of(shared.home.root()).save(&epoch).map_err(|error| {

@@ -358,7 +358,12 @@ pub(super) fn graphics() -> Finding {
 }
 
 pub(super) async fn disk(home: &Path) -> Finding {
-    let home = home.to_owned();
+    // Before the first start the folder is not there yet; its disk is.
+    let home = home
+        .ancestors()
+        .find(|folder| folder.exists())
+        .unwrap_or(home)
+        .to_owned();
     let asked = tokio::task::spawn_blocking(move || Command::new("df").arg("-Pk").arg(home).output());
     let free = match tokio::time::timeout(DISK_TIME_MAX, asked).await {
         Ok(Ok(Ok(output))) => free_bytes(&String::from_utf8_lossy(&output.stdout)),

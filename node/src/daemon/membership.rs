@@ -191,9 +191,28 @@ async fn reread(home: &Home, members: &Arc<Members>, control: &ControlHandle) {
     let (folder, own) = (home.clone(), Arc::clone(members));
     let changed = blocking(move || own.reload(&folder)).await;
     match changed {
-        Ok(true) => tell_all(members, control, None).await,
+        Ok(true) => {
+            knock(members, control);
+            tell_all(members, control, None).await;
+        }
         Ok(false) => {}
         Err(error) => tracing::warn!(%error, "cannot read the membership again"),
+    }
+}
+
+/// Dials the doors that a new charter names: a node that knew nobody begins there, without being started anew.
+fn knock(members: &Members, control: &ControlHandle) {
+    let present = control.present();
+    for (node, addresses) in charter_doors(members.node(), &members.charters().current().doors) {
+        if present.iter().any(|peer| peer.node == node) {
+            continue;
+        }
+        let control = control.clone();
+        tokio::spawn(async move {
+            if let Err(error) = control.dial(node, &addresses).await {
+                tracing::debug!(peer = %node.short(), %error, "a door of the charter does not open");
+            }
+        });
     }
 }
 

@@ -458,6 +458,9 @@ async fn serve_api(shared: &Arc<Shared>) -> Result<SocketAddr, DaemonError> {
     };
     let listener = TcpListener::bind(wanted).await.map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
+    if !address.ip().is_loopback() {
+        tracing::warn!(%address, "the local interface is open to the network: who reaches it may ask the models without a key");
+    }
     let api = LocalApi {
         address,
         token: hex(&random_32()?),

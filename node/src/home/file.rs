@@ -39,7 +39,7 @@ pub(super) fn write_whole_as(path: &Path, bytes: &[u8], access: Access) -> Resul
     // Two threads that write one file must not share a temporary one.
     static WRITES: AtomicU64 = AtomicU64::new(0);
     let number = WRITES.fetch_add(1, Ordering::Relaxed);
-    let folder = path.parent().unwrap_or(Path::new("."));
+    let folder = folder_of(path);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let temporary = folder.join(format!(".{name}.{}.{number}.new", std::process::id()));
     let written = write_new(&temporary, bytes, access)
@@ -54,6 +54,14 @@ pub(super) fn write_whole_as(path: &Path, bytes: &[u8], access: Access) -> Resul
             source,
         }
     })
+}
+
+/// The folder of a path as a person types it: a bare name is in the folder at hand, which the empty path is not.
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
 }
 
 fn write_new(path: &Path, bytes: &[u8], access: Access) -> io::Result<()> {
@@ -150,6 +158,12 @@ mod tests {
         write_whole(&path, b"two").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"two");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_bare_name_is_in_the_folder_at_hand() {
+        assert_eq!(folder_of(Path::new("next.charter")), Path::new("."));
+        assert_eq!(folder_of(Path::new("there/next.charter")), Path::new("there"));
     }
 
     #[cfg(target_os = "linux")]

@@ -99,7 +99,7 @@ impl ServeConfig {
 #[derive(Debug, Clone, Error)]
 pub enum ServeError {
     /// A model that this node has not heard of.
-    #[error("no epoch or model `{name}` is known here")]
+    #[error("no model `{name}` is known here: `polder status` and /v1/models list those that are")]
     UnknownEpoch {
         /// What was asked for.
         name: String,

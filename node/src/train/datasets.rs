@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -14,6 +14,8 @@ use super::durable;
 const SETS_MAX: usize = 4_096;
 /// Files of one folder.
 const FILES_MAX: usize = 65_536;
+/// So many bytes at the beginning of a file are looked into when it is registered.
+const LOOKED_INTO: u64 = 64 << 10;
 
 /// One data set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,6 +49,10 @@ pub enum DataSetError {
     TooMany,
     #[error("{path} is no text file and no folder with .txt files", path = path.display())]
     NoText { path: PathBuf },
+    #[error("{path} is no text in UTF-8 (byte {at}): convert it first, for instance with iconv", path = path.display())]
+    NotUtf8 { path: PathBuf, at: usize },
+    #[error("`{language}` is no language's code: write it as `de` or `de-CH`")]
+    Language { language: String },
     #[error("cannot read or write {path}: {source}", path = path.display())]
     File { path: PathBuf, source: io::Error },
     #[error("{path} is damaged: {reason}", path = path.display())]
@@ -95,12 +101,23 @@ impl DataSets {
         if self.sets.len() >= SETS_MAX {
             return Err(DataSetError::TooMany);
         }
+        let of_code = |c: char| c.is_ascii_alphanumeric() || c == '-';
+        if let Some(language) = language
+            .as_ref()
+            .filter(|code| code.is_empty() || !code.chars().all(of_code))
+        {
+            return Err(DataSetError::Language {
+                language: language.clone(),
+            });
+        }
         let path = fs::canonicalize(path).map_err(|source| DataSetError::File {
             path: path.to_owned(),
             source,
         })?;
         let set = DataSet { path, language };
-        set.files()?;
+        for file in set.files()? {
+            look_into(&file)?;
+        }
         let mut sets = self.sets.clone();
         sets.insert(name.to_owned(), set);
         self.save(sets)
@@ -187,9 +204,44 @@ impl DataSet {
     }
 }
 
+/// Reads the beginning of a file: who names an archive or a text in Latin-1 hears so at once, and not in the middle of a run.
+fn look_into(path: &Path) -> Result<(), DataSetError> {
+    let failed = |source| DataSetError::File {
+        path: path.to_owned(),
+        source,
+    };
+    let mut bytes = Vec::new();
+    let file = fs::File::open(path).map_err(failed)?;
+    file.take(LOOKED_INTO).read_to_end(&mut bytes).map_err(failed)?;
+    match std::str::from_utf8(&bytes) {
+        // The last character may be cut.
+        Err(error) if error.error_len().is_some() => Err(DataSetError::NotUtf8 {
+            path: path.to_owned(),
+            at: error.valid_up_to(),
+        }),
+        _ => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_no_text_is_refused_at_once() {
+        let home = tempfile::tempdir().unwrap();
+        let mut sets = DataSets::open(home.path().join("data.toml")).unwrap();
+        let (latin, cut) = (home.path().join("latin.txt"), home.path().join("cut.txt"));
+        fs::write(&latin, b"Gr\xfc\xdfe aus Delfzijl").unwrap();
+        let refused = sets.add("latin", &latin, None).unwrap_err();
+        assert!(matches!(refused, DataSetError::NotUtf8 { at: 2, .. }), "{refused}");
+        fs::write(&cut, "ü".repeat(LOOKED_INTO as usize)).unwrap();
+        assert!(matches!(
+            sets.add("cut", &cut, Some("no code".into())),
+            Err(DataSetError::Language { .. })
+        ));
+        sets.add("cut", &cut, Some("de-CH".into())).unwrap();
+    }
 
     #[test]
     fn data_is_found_again_by_name_after_a_restart() {

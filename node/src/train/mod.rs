@@ -109,6 +109,8 @@ pub struct NewRun {
 pub enum TrainError {
     #[error("there is no run named `{name}`; `polder run status` shows what there is")]
     Unknown { name: String },
+    #[error("run `{name}` is not started yet; `polder run start {name}` does")]
+    NotStarted { name: String },
     #[error("there is a run named `{name}` already")]
     Taken { name: String },
     #[error("the run file does not fit together: {reason}")]
@@ -494,7 +496,11 @@ impl TrainHandle {
         let fits = |status: &RunStatus| status.name == name || (name.len() >= 4 && status.run.starts_with(name));
         let status = self.jobs.board.list().into_iter().find(fits);
         let run = status.and_then(|status| status.run.parse().ok());
-        run.ok_or_else(|| TrainError::Unknown { name: name.to_owned() })
+        let name = name.to_owned();
+        run.ok_or_else(|| match self.draft_path(&name).is_file() {
+            true => TrainError::NotStarted { name },
+            false => TrainError::Unknown { name },
+        })
     }
 
     fn drafts(&self) -> Vec<RunSpec> {

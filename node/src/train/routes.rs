@@ -33,7 +33,7 @@ impl IntoResponse for TrainError {
     fn into_response(self) -> Response {
         let status = match &self {
             Self::Unknown { .. } => StatusCode::NOT_FOUND,
-            Self::Taken { .. } => StatusCode::CONFLICT,
+            Self::Taken { .. } | Self::NotStarted { .. } => StatusCode::CONFLICT,
             Self::Spec { .. } | Self::Data(_) | Self::Export(_) => StatusCode::BAD_REQUEST,
             Self::File { .. } | Self::Blob { .. } => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Stopped => StatusCode::SERVICE_UNAVAILABLE,

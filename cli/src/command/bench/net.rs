@@ -17,10 +17,11 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "ID")]
     peer: String,
     /// Bytes of one echo; an activation of a small model has 64 KiB
-    #[arg(long, value_name = "BYTES", default_value_t = 64 << 10)]
-    bytes: usize,
+    #[arg(long, value_name = "BYTES", default_value_t = 64 << 10,
+        value_parser = clap::value_parser!(u32).range(1..=4 << 20))]
+    bytes: u32,
     /// Echoes after the first
-    #[arg(long, value_name = "COUNT", default_value_t = 20)]
+    #[arg(long, value_name = "COUNT", default_value_t = 20, value_parser = clap::value_parser!(u32).range(..=10_000))]
     count: u32,
     /// Then send so much, such as 256MiB, for 20 s at most, with echoes beside it
     #[arg(long, value_name = "SIZE")]
@@ -35,6 +36,7 @@ pub(super) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
         count,
         bulk,
     } = arguments;
+    let bytes = usize::try_from(bytes)?;
     let bulk = bulk.map_or(0, |size| size.0);
     let client = Client::open(context.home())?;
     let report: EchoReport = client.post(

@@ -20,6 +20,7 @@ use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
 
 use crate::context::Context;
+use crate::interrupts::when_asked_to_end;
 use processes::Node;
 use texts::TEXTS;
 use view::{View, bytes};
@@ -58,16 +59,22 @@ pub(crate) fn run(context: &Context, arguments: &Arguments) -> anyhow::Result<()
     );
     let stop = Arc::new(AtomicBool::new(false));
     notice_interrupts(&stop)?;
+    let shown = demonstrate(context, arguments, &stop);
+    // What was interrupted may have failed of that; it is not told as a failure.
+    go_on(&stop).and(shown)
+}
+
+fn demonstrate(context: &Context, arguments: &Arguments, stop: &AtomicBool) -> anyhow::Result<()> {
     let folder = Folder::new(arguments.keep)?;
     if let Some(model) = &arguments.model {
         let model = fs::canonicalize(model).with_context(|| format!("cannot read {}", model.display()))?;
-        model::run(context, &folder.path, &model, arguments.nodes, &stop)?;
+        model::run(context, &folder.path, &model, arguments.nodes, stop)?;
         return folder.tell(context);
     }
     let began = Instant::now();
     let mut display = Display::new(context)?;
-    let mut nodes = found_all(&folder.path, arguments, &mut display)?;
-    let view = train(&folder.path, &mut nodes, arguments, &mut display, &stop)?;
+    let mut nodes = found_all(&folder.path, arguments, &mut display, stop)?;
+    let view = train(&folder.path, &mut nodes, arguments, &mut display, stop)?;
     let memory: u64 = nodes.iter().filter_map(Node::memory_bytes).sum();
     let answers = if stop.load(Ordering::Relaxed) {
         Vec::new()
@@ -76,16 +83,14 @@ pub(crate) fn run(context: &Context, arguments: &Arguments) -> anyhow::Result<()
             headline: "the model is published, held as two stages, and asked".into(),
             ..view.clone()
         })?;
-        question::ask(&nodes, RUN, &stop)?
+        question::ask(&nodes, RUN, stop)?
     };
     drop(display);
     summary(context, &view, &answers, began.elapsed(), memory)?;
     for node in &mut nodes {
         node.stop();
     }
-    folder.tell(context)?;
-    ensure!(!stop.load(Ordering::Relaxed), "interrupted; nothing was left running");
-    Ok(())
+    folder.tell(context)
 }
 
 /// The folder of everything, removed at the end unless it is to be kept.
@@ -119,20 +124,16 @@ impl Drop for Folder {
     }
 }
 
-/// Ctrl-C ends the demonstration in order: nodes first, then the folder.
+/// Ctrl-C ends the demonstration in order: nodes first, then the folder. So does whoever asks the process to end, and a
+/// terminal that closes: the nodes are in process groups of their own and would go on.
 fn notice_interrupts(stop: &Arc<AtomicBool>) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start a runtime")?;
     let stop = Arc::clone(stop);
-    std::thread::spawn(move || {
-        runtime.block_on(async {
-            if tokio::signal::ctrl_c().await.is_ok() {
-                stop.store(true, Ordering::Relaxed);
-            }
-        });
-    });
+    when_asked_to_end(move || stop.store(true, Ordering::Relaxed)).context("cannot wait for signals")
+}
+
+/// Ends the preparations when somebody has asked for it; what is under way is dropped, and ends with that.
+fn go_on(stop: &AtomicBool) -> anyhow::Result<()> {
+    ensure!(!stop.load(Ordering::Relaxed), "interrupted; nothing was left running");
     Ok(())
 }
 
@@ -152,10 +153,16 @@ fn is_half(number: u32, nodes: u32) -> bool {
 }
 
 /// Founds the federation and starts the nodes.
-fn found_all(root: &Path, arguments: &Arguments, display: &mut Display) -> anyhow::Result<Vec<Node>> {
+fn found_all(
+    root: &Path,
+    arguments: &Arguments,
+    display: &mut Display,
+    stop: &AtomicBool,
+) -> anyhow::Result<Vec<Node>> {
     let count = arguments.nodes;
     let mut nodes: Vec<Node> = Vec::new();
     for number in 0..count {
+        go_on(stop)?;
         let (institution, name) = place(number, count);
         let blocks = if is_half(number, count) { BLOCKS / 2 } else { 0 };
         // The model is asked through the nodes that hold a half each.
@@ -218,11 +225,13 @@ fn train(
         // The two halves of a chain are one replica.
         let replica = number.min(replicas - 1);
         for (code, ..) in TEXTS.iter().skip(replica).step_by(replicas) {
+            go_on(stop)?;
             let path = own.join(format!("{code}.txt"));
             let path = path.to_str().context("the temporary folder's name is not text")?;
             let _: Value = node.verb(&["data", "add", &format!("udhr-{code}"), path, "--language", code])?;
         }
     }
+    go_on(stop)?;
     let rounds = (arguments.minutes * 60.0 / ROUND_SECONDS).round().max(2.0) as u64;
     let steward = nodes.first().context("there is no node")?;
     let file = root.join("run.toml");

@@ -45,12 +45,17 @@ impl Node {
 
     /// Runs a verb of this very program on the node's folder and reads its JSON answer.
     pub(crate) fn verb<T: DeserializeOwned>(&self, arguments: &[&str]) -> anyhow::Result<T> {
-        let output = program()?
+        let mut command = program()?;
+        command
             .arg("--home")
             .arg(&self.home)
             .arg("--json")
             .args(arguments)
-            .stdin(Stdio::null())
+            .stdin(Stdio::null());
+        // As below: what Ctrl-C ended would look like a failure of its own.
+        #[cfg(unix)]
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        let output = command
             .output()
             .with_context(|| format!("cannot run polder {}", arguments.join(" ")))?;
         if !output.status.success() {

@@ -11,6 +11,9 @@ use super::view::{LanguageLine, View, bytes};
 /// Lines that the picture takes.
 pub(crate) const HEIGHT: u16 = 22;
 
+/// Columns without which its panels cut off what they show.
+pub(crate) const WIDTH_MIN: u16 = 74;
+
 const ACCENT: Color = Color::Rgb(64, 156, 255);
 const QUIET: Color = Color::DarkGray;
 const GOOD: Color = Color::Rgb(80, 200, 120);

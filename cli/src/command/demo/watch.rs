@@ -124,7 +124,10 @@ pub(super) enum Display {
 impl Display {
     pub(super) fn new(context: &Context) -> anyhow::Result<Self> {
         let out = std::io::stdout();
-        if context.json() || !out.is_terminal() || std::env::var_os("NO_COLOR").is_some() {
+        let plain =
+            std::env::var_os("NO_COLOR").is_some() || std::env::var_os("TERM").is_some_and(|name| name == "dumb");
+        let narrow = ratatui::crossterm::terminal::size().is_ok_and(|(columns, _)| columns < screen::WIDTH_MIN);
+        if context.json() || !out.is_terminal() || plain || narrow {
             return Ok(Self::Lines {
                 rounds: 0,
                 quiet: context.json(),

@@ -12,6 +12,7 @@ use polder_protocol::epoch::Epoch;
 use polder_worker::models::{self, Exported, ImportedModel, PackedType, Vectors};
 use serde::Serialize;
 
+use super::workplace::Workplace;
 use super::{find, progress_bar, save};
 use crate::context::Context;
 use crate::failure::Hint;
@@ -134,26 +135,6 @@ fn of_home(context: &Context, epoch: Epoch) -> anyhow::Result<ImportedModel> {
         begin_token: epoch.begin_token,
         context_tokens_max: epoch.context_tokens_max,
     })
-}
-
-/// A folder that goes away again.
-struct Workplace(PathBuf);
-
-impl Workplace {
-    /// On the same disk as `path`, so that files can move.
-    fn beside(path: &Path) -> anyhow::Result<Self> {
-        let mut name = path.file_name().unwrap_or_default().to_owned();
-        name.push(format!(".work-{}", std::process::id()));
-        let folder = path.with_file_name(name);
-        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-        Ok(Self(folder))
-    }
-}
-
-impl Drop for Workplace {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0); // What is left is only in the way.
-    }
 }
 
 fn sum_of(files: &[PathBuf]) -> anyhow::Result<u64> {

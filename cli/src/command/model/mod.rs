@@ -3,6 +3,7 @@
 mod convert;
 mod pull;
 mod tokenizer;
+mod workplace;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,7 +14,7 @@ use anyhow::{Context as _, bail};
 use bytesize::ByteSize;
 use indicatif::{ProgressBar, ProgressStyle};
 use polder_node::data::{BlobStore, Keep};
-use polder_node::epochs::Epochs;
+use polder_node::epochs::{Epochs, model_name};
 use polder_protocol::blob::blob_id;
 use polder_protocol::epoch::Epoch;
 use polder_protocol::hash::{BlobId, EpochId};
@@ -23,6 +24,7 @@ use serde::Serialize;
 
 use crate::context::Context;
 use crate::failure::Hint;
+use workplace::Workplace;
 
 /// Arguments of `polder model`.
 #[derive(Debug, clap::Args)]
@@ -38,7 +40,7 @@ enum Verb {
         /// The file, or the folder with config.json, safetensors and tokenizer.json
         path: PathBuf,
         /// What to call the model [default: the name of the file or folder]
-        #[arg(long)]
+        #[arg(long, value_parser = model_name)]
         name: Option<String>,
     },
     /// Fetch a published model from Hugging Face and bring it in
@@ -50,7 +52,7 @@ enum Verb {
         /// hf:ORG/NAME, hf:ORG/NAME@REVISION, or hf:ORG/NAME/FILE.gguf
         model: String,
         /// What to call the model [default: the name of the repository or file]
-        #[arg(long)]
+        #[arg(long, value_parser = model_name)]
         name: Option<String>,
     },
     /// Write a model as a GGUF file or as a Hugging Face folder
@@ -74,7 +76,7 @@ enum Verb {
         #[arg(long, value_name = "TYPE")]
         to: String,
         /// What to call the new model [default: the model's name and the type]
-        #[arg(long)]
+        #[arg(long, value_parser = model_name)]
         name: Option<String>,
     },
     /// Make a tokenizer
@@ -137,10 +139,8 @@ fn import(context: &Context, path: &Path, name: Option<String>) -> anyhow::Resul
     let home = context.home();
     fs::create_dir_all(home).with_context(|| format!("cannot make {}", home.display()))?;
     // Beside the blobs, so that part files move in without a copy.
-    let workplace = home.join(format!("import-{}", std::process::id()));
-    fs::create_dir_all(&workplace).with_context(|| format!("cannot make {}", workplace.display()))?;
-    let imported = import_within(context, path, name, &workplace);
-    let _ = fs::remove_dir_all(&workplace); // What is left of a failed import is only in the way.
+    let workplace = Workplace::beside(&home.join("import"))?;
+    let imported = import_within(context, path, name, &workplace.0);
     let (id, epoch) = imported.with_context(|| format!("cannot import {}", path.display()))?;
     context.show(&Imported {
         id: id.to_string(),

@@ -50,12 +50,14 @@ pub(crate) fn draft(file: &RunFile, folder: &Path) -> anyhow::Result<NewRun> {
             };
             let tokenizer =
                 serde_json::from_slice(&bytes).with_context(|| format!("{} is no tokenizer.json", model.tokenizer))?;
-            fs::write(&tokenizer_file, bytes)?;
+            let what = || format!("cannot write {}", tokenizer_file.display());
+            fs::write(&tokenizer_file, bytes).with_context(what)?;
             let config_json = config_json(file, model, &tokenizer)?;
             let (layout, parts) = polder_worker::initial_parameters(&config_json, file.seed)
                 .context("the model's dimensions do not fit together")?;
             Start {
-                initial_files: write_parts(folder, "initial", &parts)?,
+                initial_files: write_parts(folder, "initial", &parts)
+                    .with_context(|| format!("cannot write to {}", folder.display()))?,
                 config_json,
                 layout,
                 adapters: None,
@@ -112,7 +114,8 @@ fn over_base(table: &AdaptersTable, seed: u64, folder: &Path) -> anyhow::Result<
     Ok(Start {
         config_json,
         layout,
-        initial_files: write_parts(folder, "initial", &parts)?,
+        initial_files: write_parts(folder, "initial", &parts)
+            .with_context(|| format!("cannot write to {}", folder.display()))?,
         base_files: write_parts(folder, "base", &parameters)?,
         adapters: Some(adapters),
     })

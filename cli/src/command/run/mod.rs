@@ -12,7 +12,7 @@ use polder_node::train::RunStatus;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::client::Client;
+use crate::client::{Client, segment};
 use crate::context::Context;
 use file::RunFile;
 
@@ -93,12 +93,12 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
         Verb::Join { name } => act(context, &client, &name, "join", "joining"),
         Verb::Leave { name } => act(context, &client, &name, "leave", "leaving"),
         Verb::Status { name: None } => context.show(&client.get::<Runs>("/train/runs")?),
-        Verb::Status { name: Some(name) } => {
-            context.show(&Shown(client.get::<RunStatus>(&format!("/train/runs/{name}"))?))
-        }
+        Verb::Status { name: Some(name) } => context.show(&Shown(
+            client.get::<RunStatus>(&format!("/train/runs/{}", segment(&name)))?,
+        )),
         Verb::Export { name, to, adapter } => {
             let folder = std::path::absolute(&to).with_context(|| format!("cannot use {}", to.display()))?;
-            let path = format!("/train/runs/{name}/export");
+            let path = format!("/train/runs/{}/export", segment(&name));
             context.show(&client.post::<Exported>(&path, &json!({ "folder": folder, "adapter": adapter }))?)
         }
     }
@@ -119,7 +119,7 @@ fn new(context: &Context, client: &Client, path: &std::path::Path) -> anyhow::Re
 }
 
 fn act(context: &Context, client: &Client, name: &str, verb: &str, done: &'static str) -> anyhow::Result<()> {
-    client.post::<serde_json::Value>(&format!("/train/runs/{name}/{verb}"), &json!({}))?;
+    client.post::<serde_json::Value>(&format!("/train/runs/{}/{verb}", segment(name)), &json!({}))?;
     context.show(&Acted {
         name: name.to_owned(),
         done,
@@ -195,12 +195,22 @@ impl fmt::Display for Runs {
             let (done, total) = (run.rounds_done, run.rounds_total);
             writeln!(
                 f,
-                "{:20} {short} {:9} round {done}/{total}  {}",
-                run.name, run.phase, run.activity
+                "{:20} {short} {:9} round {done}/{total}{}",
+                run.name,
+                run.phase,
+                activity(run, "  ")
             )?;
         }
         Ok(())
     }
+}
+
+/// What the node does for a run, after `before`; nothing where there is nothing left or nothing yet to do.
+fn activity(run: &RunStatus, before: &str) -> String {
+    if run.activity.is_empty() || matches!(run.phase.as_str(), "finished" | "stopped") {
+        return String::new();
+    }
+    format!("{before}{}", run.activity)
 }
 
 /// One run in full.
@@ -213,7 +223,7 @@ impl fmt::Display for Shown {
         let run = &self.0;
         writeln!(f, "{} ({})", run.name, run.run)?;
         writeln!(f, "  {}, round {} of {}", run.phase, run.rounds_done, run.rounds_total)?;
-        writeln!(f, "  this node: {}; {}", run.role, run.activity)?;
+        writeln!(f, "  this node: {}{}", run.role, activity(run, "; "))?;
         writeln!(f, "  replicas: {}", run.replicas.len())?;
         if let Some(last) = run.recent.last() {
             writeln!(
@@ -229,11 +239,16 @@ impl fmt::Display for Shown {
             )?;
         }
         let bytes = |count| bytesize::ByteSize(count).to_string();
-        let (sent, received, dense) = (bytes(run.sent_bytes), bytes(run.received_bytes), bytes(run.dense_bytes));
-        writeln!(
+        write!(
             f,
-            "  sent {sent}, received {received}; dense data parallelism would have sent {dense}"
+            "  sent {}, received {}",
+            bytes(run.sent_bytes),
+            bytes(run.received_bytes)
         )?;
+        match run.dense_bytes {
+            0 => writeln!(f)?,
+            dense => writeln!(f, "; dense data parallelism would have sent {}", bytes(dense))?,
+        }
         if !run.languages.is_empty() {
             writeln!(f, "  held-out bits per byte    now   first  zstd   order 0")?;
         }

@@ -135,7 +135,8 @@ impl Target {
             }
             host
         };
-        if host.is_empty() || host.contains(char::is_whitespace) {
+        let of_host = |c: char| c.is_alphanumeric() || matches!(c, '-' | '.' | '_' | ':' | '%');
+        if host.is_empty() || !host.chars().all(of_host) {
             return Err(wrong());
         }
         let prefix = prefix(&host);

@@ -289,10 +289,15 @@ impl RunFile {
     pub(crate) fn closing(&self) -> anyhow::Result<Closing> {
         let table = &self.closing;
         ensure!(table.quorum > 0, "`quorum` of [closing] must be at least 1");
+        let (grace, deadline) = (span("grace", &table.grace)?, span("deadline", &table.deadline)?);
+        ensure!(
+            deadline > Span(0) && deadline >= grace,
+            "`deadline` of [closing] must be longer than nothing, and not shorter than `grace`"
+        );
         Ok(Closing {
             quorum: table.quorum,
-            grace: span("grace", &table.grace)?,
-            deadline: span("deadline", &table.deadline)?,
+            grace,
+            deadline,
             late_rounds_max: table.late_rounds,
         })
     }
