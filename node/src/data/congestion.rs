@@ -36,13 +36,53 @@ const CAREFUL_ROUNDS: u32 = 8;
 /// What may always be under way: a few packets.
 const WINDOW_MIN: u64 = 16 << 10;
 
+/// quinn spreads a window over a round trip, and lets out at once what belongs to so much of it
+/// (`BURST_INTERVAL_NANOS` of quinn-proto's pacing).
+const PACED_AT_ONCE: Duration = Duration::from_millis(2);
+
+/// Taken for the round trip before there is one.
+const ROUND_TRIP_UNKNOWN: Duration = Duration::from_millis(100);
+
 /// Makes [`Delivered`] for each connection.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct DeliveredConfig {
     /// What may be under way before anything is known, in bytes.
     pub(super) initial_bytes: u64,
-    /// What may be under way as long as nothing is lost, in bytes: an application that sends now and then shows no rate.
-    pub(super) floor_bytes: u64,
+    /// What an application that sends now and then may do, although it shows no rate.
+    pub(super) room: Room,
+}
+
+/// What is allowed without having been earned by a rate, as long as nothing is lost. In bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Room {
+    /// May be under way.
+    pub(super) floor: u64,
+    /// Leaves at once where nothing is under way: pacing a message of a few dozen packets would only delay its end.
+    pub(super) burst: u64,
+}
+
+/// The room of a connection, shared with the clones of its control, since the class of a connection is known late.
+#[derive(Debug, Clone)]
+struct SharedRoom(Arc<[AtomicU64; 2]>);
+
+impl SharedRoom {
+    fn new(room: Room) -> Self {
+        Self(Arc::new([room.floor.into(), room.burst.into()]))
+    }
+
+    fn set(&self, room: Room) {
+        let [floor, burst] = &*self.0;
+        floor.store(room.floor, Ordering::Relaxed);
+        burst.store(room.burst, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> Room {
+        let [floor, burst] = &*self.0;
+        Room {
+            floor: floor.load(Ordering::Relaxed),
+            burst: burst.load(Ordering::Relaxed),
+        }
+    }
 }
 
 impl ControllerFactory for DeliveredConfig {
@@ -87,10 +127,11 @@ pub(super) struct Delivered {
     config: DeliveredConfig,
     phase: Phase,
     window: u64,
-    // Shared with the clones of this control, since the class of a connection is known late.
-    floor: Arc<AtomicU64>,
-    // How often the floor is halved, since so much was lost.
+    room: SharedRoom,
+    // How often the room is halved, since so much was lost.
     halvings: u32,
+    // Bytes that were sent and neither acknowledged nor lost.
+    under_way: u64,
     round: Round,
     rounds: u32,
     // Bytes per second of the last rounds in which the window, not the application, was the limit.
@@ -109,8 +150,9 @@ impl Delivered {
             config,
             phase: Phase::Start,
             window: config.initial_bytes,
-            floor: Arc::new(AtomicU64::new(config.floor_bytes)),
+            room: SharedRoom::new(config.room),
             halvings: 0,
+            under_way: 0,
             round: Round::new(now),
             rounds: 0,
             rates: VecDeque::new(),
@@ -218,6 +260,14 @@ impl Delivered {
 }
 
 impl Controller for Delivered {
+    fn on_sent(&mut self, _now: Instant, bytes: u64, _last_packet_number: u64) {
+        self.under_way = self.under_way.saturating_add(bytes);
+    }
+
+    fn on_end_acks(&mut self, _now: Instant, in_flight: u64, _app_limited: bool, _largest: Option<u64>) {
+        self.under_way = in_flight;
+    }
+
     fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, _rtt: &RttEstimator) {
         self.on_acknowledged(now, sent, bytes, app_limited);
     }
@@ -227,8 +277,9 @@ impl Controller for Delivered {
         if is_persistent {
             *self = Self {
                 window: WINDOW_MIN,
-                floor: self.floor.clone(),
+                room: self.room.clone(),
                 halvings: 16,
+                under_way: self.under_way,
                 ..Self::new(self.config, now)
             };
         } else if self.phase == Phase::Start && self.round.lost > self.window / 8 {
@@ -241,8 +292,13 @@ impl Controller for Delivered {
     fn on_mtu_update(&mut self, _new_mtu: u16) {}
 
     fn window(&self) -> u64 {
-        let floor = self.floor.load(Ordering::Relaxed) >> self.halvings;
-        self.window.max(floor)
+        let room = self.room.get();
+        let window = self.window.max(room.floor >> self.halvings);
+        let burst = room.burst >> self.halvings;
+        match self.under_way < burst {
+            true => window.max(self.window_that_lets_out(burst)),
+            false => window,
+        }
     }
 
     fn clone_box(&self) -> Box<dyn Controller> {
@@ -259,14 +315,24 @@ impl Controller for Delivered {
 }
 
 /// Keeps so much room on a connection whose application sends now and then, now that it is known to be one.
-pub(super) fn keep_room(connection: &quinn::Connection, floor_bytes: u64) {
-    // A clone, which shares this one number with the control itself.
+pub(super) fn keep_room(connection: &quinn::Connection, room: Room) {
+    // A clone, which shares the room with the control itself.
     if let Ok(control) = connection.congestion_state().into_any().downcast::<Delivered>() {
-        control.floor.store(floor_bytes, Ordering::Relaxed);
+        control.room.set(room);
     }
 }
 
 impl Delivered {
+    /// The window of which quinn's pacing lets out so many bytes at once.
+    fn window_that_lets_out(&self, bytes: u64) -> u64 {
+        // The longest of the last ones: the smoothed round trip, which quinn reckons with, is no longer than that.
+        let round_trip = self.samples.iter().max().copied().unwrap_or(ROUND_TRIP_UNKNOWN);
+        let intervals = round_trip.as_nanos().div_ceil(PACED_AT_ONCE.as_nanos());
+        bytes
+            .saturating_mul(u64::try_from(intervals).unwrap_or(1))
+            .min(u32::MAX.into())
+    }
+
     fn on_acknowledged(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool) {
         self.sample(now, now.saturating_duration_since(sent));
         self.round.delivered += bytes;
@@ -372,7 +438,10 @@ mod tests {
     fn control(start: Instant) -> Delivered {
         let config = DeliveredConfig {
             initial_bytes: 256 << 10,
-            floor_bytes: WINDOW_MIN,
+            room: Room {
+                floor: WINDOW_MIN,
+                burst: 0,
+            },
         };
         Delivered::new(config, start)
     }
@@ -437,7 +506,10 @@ mod tests {
         let start = Instant::now();
         let config = DeliveredConfig {
             initial_bytes: 1 << 20,
-            floor_bytes: 1 << 20,
+            room: Room {
+                floor: 1 << 20,
+                burst: 0,
+            },
         };
         let mut control = Delivered::new(config, start);
         for message in 0..200u32 {
@@ -451,5 +523,38 @@ mod tests {
                 "{message}"
             );
         }
+    }
+
+    #[test]
+    fn a_message_leaves_at_once_where_nothing_is_under_way_and_what_follows_is_paced() {
+        const BURST: u64 = 128 << 10;
+        let start = Instant::now();
+        let config = DeliveredConfig {
+            initial_bytes: 256 << 10,
+            room: Room {
+                floor: 1 << 20,
+                burst: BURST,
+            },
+        };
+        let mut control = Delivered::new(config, start);
+        let round_trip = Duration::from_millis(80);
+        control.on_acknowledged(start + round_trip, start, PACKET, true);
+        let at_once = |control: &Delivered| control.window() as f64 * 2.0 / 80.0;
+        assert!(at_once(&control) >= BURST as f64, "{}", control.window());
+
+        control.on_sent(start + round_trip, BURST, 100);
+        assert_eq!(control.window(), 1 << 20, "the rest of a longer message is paced");
+        control.on_end_acks(start + 2 * round_trip, 0, true, Some(100));
+        assert!(at_once(&control) >= BURST as f64);
+
+        for lost in 0..20 {
+            let now = start + round_trip * (3 + lost);
+            control.on_congestion_event(now, now - round_trip, false, 20 * PACKET);
+            control.on_acknowledged(now, now - Duration::from_millis(70), 10 * PACKET, true);
+        }
+        assert!(
+            at_once(&control) < BURST as f64 / 8.0,
+            "a path that loses so much has no room for bursts"
+        );
     }
 }

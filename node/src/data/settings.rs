@@ -9,7 +9,7 @@ use quinn::{IdleTimeout, TransportConfig, VarInt};
 use serde::{Deserialize, Serialize};
 
 use super::caps::UploadCaps;
-use super::congestion::{DeliveredConfig, keep_room};
+use super::congestion::{DeliveredConfig, Room, keep_room};
 
 /// Which of the two connections of a pair of peers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -155,12 +155,19 @@ pub(super) fn window_bytes(class: Class) -> u32 {
     }
 }
 
-/// What may be under way although no such rate was seen, as long as nothing is lost.
-fn floor_bytes(class: Class) -> u64 {
+/// What is allowed although no such rate was seen, as long as nothing is lost.
+fn room(class: Class) -> Room {
     match class {
-        // One activation of 64 KiB to 1 MiB leaves at once instead of being paced over a round trip.
-        Class::Act => 1 << 20,
-        Class::Bulk => 32 << 10,
+        Class::Act => Room {
+            // A prefill's activations begin at 100 Mbit/s on a path of 80 ms.
+            floor: 1 << 20,
+            // An activation of a few positions, 64 KiB and its headers, goes out as it is; 10 ms at 100 Mbit/s.
+            burst: 128 << 10,
+        },
+        Class::Bulk => Room {
+            floor: 32 << 10,
+            burst: 0,
+        },
     }
 }
 
@@ -184,10 +191,7 @@ pub(super) fn transport(config: &DataConfig, class: Option<Class>) -> Arc<Transp
     let congestion = DeliveredConfig {
         // More would overflow a home's uplink; the floor of a connection for activations is higher.
         initial_bytes: 256 << 10,
-        floor_bytes: match class {
-            Some(class) => floor_bytes(class),
-            None => floor_bytes(Class::Bulk),
-        },
+        room: room(class.unwrap_or(Class::Bulk)),
     };
     let mut transport = TransportConfig::default();
     transport
@@ -210,5 +214,5 @@ pub(super) fn transport(config: &DataConfig, class: Option<Class>) -> Arc<Transp
 pub(super) fn welcome(connection: &quinn::Connection, class: Class) {
     connection.set_receive_window(VarInt::from_u32(window_bytes(class)));
     connection.set_max_concurrent_bi_streams(VarInt::from_u32(STREAMS_MAX));
-    keep_room(connection, floor_bytes(class));
+    keep_room(connection, room(class));
 }
