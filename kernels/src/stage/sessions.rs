@@ -80,6 +80,7 @@ impl<Q: Sequence> Sessions<Q> {
     }
 
     /// Where the pages are.
+    #[cfg(feature = "gpu")]
     pub(in crate::stage) const fn store(&self) -> &Q::Store {
         self.pool.store()
     }
