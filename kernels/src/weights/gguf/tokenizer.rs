@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Map, Value, json};
 
-use super::WeightsError;
-use super::gguf_model::GgufFile;
+use super::GgufFile;
 use crate::text::pieces::{self, Pieces, beginning_with};
+use crate::weights::WeightsError;
 
 /// What a GGUF file says of text.
 pub(super) struct GgufTokenizer {
