@@ -1,9 +1,10 @@
 //! Every family that GGUF has words for: from a folder to a GGUF file and back, and what each says of the other.
 //!
 //! Set `POLDER_GGUF_OUT` to a folder to keep the files, with the logits that the engine computes of them, for
-//! `benches/peers/logits_beside_llama_cpp.py`.
+//! `benches/peers/logits_beside_llama_cpp.py`; `POLDER_GGUF_FILES` names further files to compute, with `:` between.
 
 use std::collections::BTreeMap;
+use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -114,7 +115,7 @@ fn every_family_comes_back_from_gguf_bit_for_bit() {
 
 #[test]
 fn the_engine_computes_the_same_of_both_forms() {
-    let keep = std::env::var_os("POLDER_GGUF_OUT").map(PathBuf::from);
+    let keep = env::var_os("POLDER_GGUF_OUT").map(PathBuf::from);
     for variant in &ALL {
         let places = tempfile::tempdir().unwrap();
         let place = |name: &str| places.path().join(name);
@@ -136,6 +137,22 @@ fn the_engine_computes_the_same_of_both_forms() {
             let json = json!({"tokens": TOKENS, "logits": of_folder});
             fs::write(keep.join(format!("{}.json", variant.name)), json.to_string()).unwrap();
         }
+    }
+}
+
+#[test]
+fn published_files_are_computed_too() {
+    let (Some(files), Some(keep)) = (env::var_os("POLDER_GGUF_FILES"), env::var_os("POLDER_GGUF_OUT")) else {
+        eprintln!("skipped: POLDER_GGUF_FILES names no files, or POLDER_GGUF_OUT no folder");
+        return;
+    };
+    for file in env::split_paths(&files) {
+        let keep = Path::new(&keep).join(file.file_name().unwrap());
+        fs::create_dir_all(keep.parent().unwrap()).unwrap();
+        let tokens = &TOKENS[..4];
+        let json = json!({"tokens": tokens, "logits": logits_of(&file, tokens)});
+        fs::write(keep.with_extension("json"), json.to_string()).unwrap();
+        fs::copy(&file, keep).unwrap();
     }
 }
 
@@ -305,9 +322,13 @@ const TOKENS: [u32; 21] = [
 ];
 
 fn logits(model: &Path) -> Vec<f32> {
+    logits_of(model, &TOKENS)
+}
+
+fn logits_of(model: &Path, tokens: &[u32]) -> Vec<f32> {
     let (mut stage, _) = ServeStage::open(model, Weights::Packed, &Device::cpu()).unwrap();
     stage.open_session(1, 64).unwrap();
-    match stage.forward(1, 0, Input::Tokens(&TOKENS), Want::AllLogits).unwrap() {
+    match stage.forward(1, 0, Input::Tokens(tokens), Want::AllLogits).unwrap() {
         Output::Logits(logits) => logits,
         Output::Hidden(_) => panic!("a whole model gives logits"),
     }

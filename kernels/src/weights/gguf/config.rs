@@ -21,7 +21,7 @@ pub(super) fn read(file: &GgufFile) -> Result<Value, WeightsError> {
     }
     if let Some(files @ 2..) = file.whole("split.count")? {
         return Err(file.feature(format!(
-            "a model in {files} files (`llama-gguf-split --merge` joins them), reading"
+            "reading a model in {files} files (`llama-gguf-split --merge` joins them)"
         )));
     }
     let metadata = Metadata::of(file)?;
@@ -64,7 +64,9 @@ impl Metadata<'_> {
         if blocks > self.file.header.tensors().len() as u64 {
             return Err(refused("block_count", blocks));
         }
-        let experts = self.whole("expert_count")?.unwrap_or(0);
+        // Not by `Metadata::whole`: whether anybody asks for it is up to the family.
+        let experts = format!("{}.expert_count", self.architecture.name);
+        let experts = self.file.whole(&experts)?.unwrap_or(0);
         if experts.saturating_mul(blocks) > self.file.map.len() as u64 {
             return Err(refused("expert_count", experts));
         }
@@ -252,5 +254,133 @@ impl Metadata<'_> {
         config["mlp_bias"] = json!(self.has_tensor("blk.0.ffn_up.bias"));
         config["norm_eps"] = json!(self.required_number("attention.layer_norm_epsilon")?);
         Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::super::builder::Builder;
+    use super::super::open;
+
+    #[test]
+    fn what_nobody_asked_for_is_refused_by_name() {
+        for (name, file) in [
+            (
+                "llama.attention.sliding_window",
+                dense("llama").u32("llama.attention.sliding_window", 64),
+            ),
+            ("qwen2.expert_count", dense("qwen2").u32("qwen2.expert_count", 4)),
+            (
+                "llama.rope.scale_linear",
+                dense("llama").f32("llama.rope.scale_linear", 2.0),
+            ),
+            (
+                "llama.attention.causal",
+                dense("llama").flag("llama.attention.causal", false),
+            ),
+            (
+                "llama.rope.scaling.attn_factor",
+                dense("llama").f32("llama.rope.scaling.attn_factor", 1.2),
+            ),
+            (
+                "rope scaling `longrope`",
+                dense("llama").text("llama.rope.scaling.type", "longrope"),
+            ),
+            ("general.type", dense("llama").text("general.type", "adapter")),
+            ("model in 3 files", dense("llama").u32("split.count", 3)),
+            (
+                "blk.0.ffn_gate_shexp.weight",
+                tensor(dense("llama"), "blk.0.ffn_gate_shexp.weight", &[8, 8]),
+            ),
+            ("rope_freqs.weight", tensor(dense("qwen2"), "rope_freqs.weight", &[2])),
+            ("gemma3.attention.sliding_window", dense("gemma3")),
+            (
+                "mistral3.attention.temperature_scale",
+                dense("mistral3").f32("mistral3.attention.temperature_scale", 0.1),
+            ),
+            ("deepseek2.attention.kv_lora_rank", dense("deepseek2")),
+            (
+                "deepseek2.expert_gating_func",
+                dense("deepseek2").u32("deepseek2.expert_gating_func", 4),
+            ),
+            ("nemotron.attention.layer_norm_epsilon", dense("nemotron")),
+            (
+                "nemotron_h.feed_forward_length",
+                dense("nemotron_h").whole_numbers("nemotron_h.attention.head_count_kv", &[0]),
+            ),
+        ] {
+            let told = refusal(file);
+            assert!(told.contains(name), "{name}: {told}");
+        }
+        // Which says that a feature is not there.
+        let told = refusal(
+            dense("llama")
+                .u32("llama.expert_count", 0)
+                .f32("llama.logit_scale", 0.0),
+        );
+        assert!(told.contains("tokenizer"), "{told}");
+    }
+
+    #[test]
+    fn counts_are_checked_before_memory_is_taken() {
+        let told = refusal(sized("llama", 1 << 30).u32("llama.expert_count", 0));
+        assert!(told.contains("llama.block_count") && told.contains("no room"), "{told}");
+        let told = refusal(dense("llama").u32("llama.expert_count", 1 << 30));
+        assert!(
+            told.contains("llama.expert_count") && told.contains("no room"),
+            "{told}"
+        );
+        let told = refusal(dense("qwen3moe").u32("qwen3moe.expert_count", u32::MAX));
+        assert!(told.contains("qwen3moe.expert_count"), "{told}");
+        // A list for blocks is as long as it is, whatever the file says of blocks.
+        let lists = dense("nemotron_h")
+            .whole_numbers("nemotron_h.attention.head_count_kv", &[])
+            .whole_numbers("nemotron_h.feed_forward_length", &[-1]);
+        assert!(refusal(lists).contains("a number for each block"));
+        let negative = dense("nemotron_h").whole_numbers("nemotron_h.attention.head_count_kv", &[-1]);
+        assert!(refusal(negative).contains("whole numbers from 0"));
+    }
+
+    fn dense(architecture: &str) -> Builder {
+        sized(architecture, 1)
+    }
+
+    fn sized(architecture: &str, blocks: u32) -> Builder {
+        let key = |name: &str| format!("{architecture}.{name}");
+        let file = Builder::new()
+            .text("general.architecture", architecture)
+            .u32(&key("block_count"), blocks)
+            .u32(&key("context_length"), 64)
+            .u32(&key("embedding_length"), 8)
+            .u32(&key("attention.head_count"), 2);
+        let file = match architecture {
+            "nemotron_h" => file,
+            _ => file.u32(&key("feed_forward_length"), 8),
+        };
+        tensor(file, "token_embd.weight", &[4, 8])
+    }
+
+    fn tensor(file: Builder, name: &str, shape: &[u64]) -> Builder {
+        let bytes = vec![0; 4 * shape.iter().product::<u64>() as usize];
+        file.tensor(name, shape, 0, &bytes)
+    }
+
+    /// Why a file is refused, with all that is behind it.
+    fn refusal(file: Builder) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.gguf");
+        fs::write(&path, file.finish()).unwrap();
+        let Err(error) = open(&path) else {
+            panic!("it was opened");
+        };
+        let mut told = error.to_string();
+        let mut cause = std::error::Error::source(&error);
+        while let Some(inner) = cause {
+            told = format!("{told}: {inner}");
+            cause = inner.source();
+        }
+        told
     }
 }

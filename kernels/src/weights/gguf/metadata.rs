@@ -89,7 +89,7 @@ impl<'a> Metadata<'a> {
 
     fn list(&self, key: &str) -> Result<Vec<u64>, WeightsError> {
         let numbers = self.file.numbers(key)?.unwrap_or_default();
-        let whole = |number: f64| (number >= 0.0 && number < 1e15 && number.fract() == 0.0).then_some(number as u64);
+        let whole = |number: f64| ((0.0..1e15).contains(&number) && number.fract() == 0.0).then_some(number as u64);
         let list = numbers.into_iter().map(whole).collect::<Option<Vec<_>>>();
         list.ok_or_else(|| {
             self.file.wrong(GgufError::Wrong {

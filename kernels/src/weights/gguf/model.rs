@@ -26,12 +26,6 @@ pub(in super::super) fn open(path: &Path) -> Result<ModelSource, WeightsError> {
         path: path.to_owned(),
         source,
     })?;
-    let GgufTokenizer {
-        json,
-        chat_template,
-        end_tokens,
-        begin_token,
-    } = tokenizer::build(&file)?;
     let tensors = GgufTensors {
         architecture: file.architecture()?,
         layout: layout(&config),
@@ -39,6 +33,12 @@ pub(in super::super) fn open(path: &Path) -> Result<ModelSource, WeightsError> {
         file,
     };
     tensors.all_known()?;
+    let GgufTokenizer {
+        json,
+        chat_template,
+        end_tokens,
+        begin_token,
+    } = tokenizer::build(&tensors.file)?;
     Ok(ModelSource {
         name: model_name(path),
         config_path: path.to_owned(),

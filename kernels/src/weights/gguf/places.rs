@@ -62,7 +62,7 @@ impl Places<'_> {
     /// The place of a tensor; `None` where GGUF has none for it.
     pub(super) fn of(&self, name: &str) -> Option<Place> {
         if let Some((_, ggml)) = ENDS.iter().find(|(known, _)| *known == name) {
-            return Some(self.place((*ggml).to_owned(), self.gain(name)));
+            return Some(place((*ggml).to_owned(), self.gain(name)));
         }
         let (block, name) = BLOCKS
             .iter()
@@ -75,7 +75,7 @@ impl Places<'_> {
                 block: index,
                 shape: shape.to_vec(),
             };
-            return Some(self.place((*key).to_owned(), form));
+            return Some(place((*key).to_owned(), form));
         }
         if let Some((_, expert)) = name.split_once(".experts.") {
             let (expert, weight) = expert.split_once('.')?;
@@ -88,7 +88,7 @@ impl Places<'_> {
                 index: expert.parse().ok()?,
                 experts,
             };
-            return Some(self.place(format!("blk.{block}.{ggml}.weight"), form));
+            return Some(place(format!("blk.{block}.{ggml}.weight"), form));
         }
         if let Some((_, ggml)) = WHOLE_NAMES.iter().find(|(known, _)| *known == name) {
             let form = match *ggml {
@@ -101,7 +101,7 @@ impl Places<'_> {
                 }
                 _ => Form::Same,
             };
-            return Some(self.place(format!("blk.{block}.{ggml}"), form));
+            return Some(place(format!("blk.{block}.{ggml}"), form));
         }
         let (stem, kind) = name.rsplit_once('.')?;
         if !["weight", "bias"].contains(&kind) {
@@ -124,11 +124,7 @@ impl Places<'_> {
             }
             _ => self.gain(name),
         };
-        Some(self.place(format!("blk.{block}.{ggml}.{kind}"), form))
-    }
-
-    fn place(&self, ggml: String, form: Form) -> Place {
-        Place { ggml, form }
+        Some(place(format!("blk.{block}.{ggml}.{kind}"), form))
     }
 
     fn gain(&self, name: &str) -> Form {
@@ -137,6 +133,10 @@ impl Places<'_> {
             false => Form::Same,
         }
     }
+}
+
+const fn place(ggml: String, form: Form) -> Place {
+    Place { ggml, form }
 }
 
 impl Place {
