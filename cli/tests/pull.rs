@@ -1,20 +1,13 @@
 //! `polder model pull` against a small hub on loopback that misbehaves as real ones do.
 
+mod hub;
+
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
-use std::path::Path;
-use std::process::{Command, Output, Stdio};
-use std::sync::{Arc, Mutex, mpsc};
-use std::time::Duration;
+use std::net::TcpListener;
 
-use aws_lc_rs::digest;
-use serde_json::{Value, json};
-
-const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
-const TOKEN: &str = "hf_secretSecretSECRET";
-const PULL_TIME_MAX: Duration = Duration::from_secs(120);
+use hub::{COMMIT, Hub, TOKEN, answer, run, sharded_model, single_model, text};
+use serde_json::json;
 
 #[test]
 fn a_model_in_shards_comes_whole_and_without_what_it_does_not_need() {
@@ -194,247 +187,81 @@ fn what_is_not_there_is_said_with_what_to_try() {
     );
 }
 
-/// How a hub misbehaves.
-#[derive(Default)]
-struct Faults {
-    /// The next downloads of `model.safetensors` end after so many bytes.
-    break_after: Vec<usize>,
-    no_ranges: bool,
-    /// Comes with one byte changed.
-    spoilt: Option<&'static str>,
-    /// Only for whoever has the token.
-    gated: bool,
-    /// Where downloads of large files are sent.
-    large_files_at: Option<String>,
-    /// The repository's former name.
-    renamed_from: Option<&'static str>,
+#[test]
+fn a_hub_that_is_busy_is_asked_again() {
+    let home = tempfile::tempdir().unwrap();
+    let hub = Hub::start(single_model(), |faults| faults.busy = 3);
+    assert_eq!(hub.pull(home.path(), "hf:org/tiny")["parts"], 5);
+    let hub = Hub::start(single_model(), |faults| faults.busy = usize::MAX);
+    let failed = hub.run(home.path(), "hf:org/other");
+    let error = text(&failed.stderr);
+    assert!(error.contains("503") && error.contains("try again later"), "{error}");
+    assert_eq!(hub.asked().len(), 5);
 }
 
-struct Hub {
-    address: String,
-    state: Arc<State>,
+#[test]
+fn over_tls_a_download_is_resumed_and_checked() {
+    let home = tempfile::tempdir().unwrap();
+    let (hub, root) = Hub::start_tls(single_model(), |faults| faults.break_after = vec![60_000, 60_000]);
+    let roots = home.path().join("roots.pem");
+    // As an institution's file of several roots has it: some are not understood.
+    fs::write(&roots, format!("# proxy\n{BROKEN}{root}")).unwrap();
+    let trusted = [("SSL_CERT_FILE", roots.to_str().unwrap())];
+    let pulled = answer(&hub.run_with(home.path(), "hf:org/tiny", &trusted));
+    assert_eq!(pulled["parts"], 5);
+    // A connection that was cut is not the end of a file.
+    assert!(hub.asked().iter().any(|line| line.contains("range: bytes=60000-")));
+
+    let (hub, root) = Hub::start_tls(single_model(), |faults| faults.spoilt = Some("model.safetensors"));
+    fs::write(&roots, root).unwrap();
+    let other = tempfile::tempdir().unwrap();
+    let failed = hub.run_with(other.path(), "hf:org/tiny", &trusted);
+    assert!(
+        text(&failed.stderr).contains("another hash"),
+        "{}",
+        text(&failed.stderr)
+    );
 }
 
-struct State {
-    files: BTreeMap<String, Vec<u8>>,
-    faults: Mutex<Faults>,
-    asked: Mutex<Vec<String>>,
-}
+#[test]
+fn over_tls_only_trusted_hubs_get_the_token() {
+    let home = tempfile::tempdir().unwrap();
+    let (hub, root) = Hub::start_tls(single_model(), |faults| faults.gated = true);
+    // Browsers do not know this root.
+    let refused = hub.run_with(home.path(), "hf:org/tiny", &[("HF_TOKEN", TOKEN)]);
+    let error = text(&refused.stderr);
+    assert!(
+        error.contains("certificate") && error.contains("SSL_CERT_FILE"),
+        "{error}"
+    );
+    assert_eq!(hub.asked(), Vec::<String>::new());
 
-impl Hub {
-    fn start(files: BTreeMap<String, Vec<u8>>, settle: impl FnOnce(&mut Faults)) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = format!("http://{}", listener.local_addr().unwrap());
-        let mut faults = Faults::default();
-        settle(&mut faults);
-        let state = Arc::new(State {
-            files,
-            faults: Mutex::new(faults),
-            asked: Mutex::default(),
-        });
-        let shared = Arc::clone(&state);
-        // Ends with the test's process.
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let _ = shared.answer(stream); // A client may go away.
-            }
-        });
-        Self { address, state }
-    }
+    // Nor does another hub's root vouch for this one.
+    let (_other, other_root) = Hub::start_tls(single_model(), |_| {});
+    let roots = home.path().join("roots.pem");
+    let trusted = [("SSL_CERT_FILE", roots.to_str().unwrap()), ("HF_TOKEN", TOKEN)];
+    fs::write(&roots, other_root).unwrap();
+    assert!(!hub.run_with(home.path(), "hf:org/tiny", &trusted).status.success());
+    assert_eq!(hub.asked(), Vec::<String>::new());
 
-    fn asked(&self) -> Vec<String> {
-        self.state.asked.lock().unwrap().clone()
-    }
+    fs::write(&roots, root).unwrap();
+    let without = hub.run_with(home.path(), "hf:org/tiny", &trusted[..1]);
+    assert!(text(&without.stderr).contains("401"), "{}", text(&without.stderr));
+    assert_eq!(answer(&hub.run_with(home.path(), "hf:org/tiny", &trusted))["parts"], 5);
+    assert!(text(&hub.run_with(home.path(), "hf:org/absent", &trusted).stderr).contains("404"));
 
-    fn run(&self, home: &Path, place: &str) -> Output {
-        self.run_with(home, place, &[])
-    }
-
-    fn run_with(&self, home: &Path, place: &str, environment: &[(&str, &str)]) -> Output {
-        let environment = [&[("HF_ENDPOINT", self.address.as_str())], environment].concat();
-        run(home, &["model", "pull", place], &environment)
-    }
-
-    fn pull(&self, home: &Path, place: &str) -> Value {
-        answer(&self.run(home, place))
-    }
-}
-
-impl State {
-    fn answer(&self, mut stream: TcpStream) -> std::io::Result<()> {
-        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
-        let mut lines = BufReader::new(stream.try_clone()?).lines();
-        let first = lines.next().transpose()?.unwrap_or_default();
-        let mut headers = String::new();
-        for line in lines {
-            match line? {
-                line if line.is_empty() => break,
-                line => headers += &format!(" {line}"),
-            }
-        }
-        let headers = lower_names(&headers);
-        self.asked.lock().unwrap().push(format!("{first}{headers}"));
-        let mut words = first.split(' ');
-        let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
-        let faults = &mut *self.faults.lock().unwrap();
-        let mut say = |status: &str, more: &str, body: &[u8]| {
-            write!(stream, "HTTP/1.1 {status}\r\nconnection: close\r\n{more}")?;
-            if !more.contains("content-length") {
-                write!(stream, "content-length: {}\r\n", body.len())?;
-            }
-            stream.write_all(b"\r\n")?;
-            if method == "GET" {
-                stream.write_all(body)?;
-            }
-            stream.flush()
-        };
-        if faults.gated && !headers.contains(&format!("Bearer {TOKEN}")) {
-            return say("401 Unauthorized", "", b"");
-        }
-        if let Some(old) = faults.renamed_from
-            && path.contains(&format!("org/{old}/"))
-        {
-            let new = path.replacen(&format!("org/{old}/"), "org/tiny/", 1);
-            return say("307 Temporary Redirect", &format!("location: {new}\r\n"), b"");
-        }
-        if path.starts_with("/api/models/org/tiny/revision/") {
-            let siblings: Vec<Value> = self.files.keys().map(|file| json!({"rfilename": file})).collect();
-            return say(
-                "200 OK",
-                "",
-                json!({"sha": COMMIT, "siblings": siblings}).to_string().as_bytes(),
-            );
-        }
-        let file = path
-            .strip_prefix(&format!("/org/tiny/resolve/{COMMIT}/"))
-            .unwrap_or_default();
-        let Some(content) = self.files.get(file) else {
-            return say("404 Not Found", "", b"Repository not found");
-        };
-        let tag = etag(file, content);
-        let large = file.ends_with(".safetensors");
-        if let (true, Some(elsewhere)) = (large, &faults.large_files_at) {
-            let length = content.len();
-            let more = format!("location: {elsewhere}{path}\r\nx-linked-etag: {tag}\r\nx-linked-size: {length}\r\n");
-            return say("302 Found", &more, b"");
-        }
-        let mut content = content.clone();
-        if faults.spoilt == Some(file) {
-            content[7] ^= 1;
-        }
-        let range = headers
-            .split(" range: bytes=")
-            .nth(1)
-            .and_then(|rest| rest.split('-').next()?.parse().ok());
-        let start: usize = range.filter(|_| !faults.no_ranges).unwrap_or(0);
-        let whole = content.len();
-        let body = &content[start..];
-        let mut more = format!("etag: {tag}\r\ncontent-length: {}\r\n", body.len());
-        let mut status = "200 OK";
-        if start > 0 {
-            status = "206 Partial Content";
-            more += &format!("content-range: bytes {start}-{}/{whole}\r\n", whole - 1);
-        }
-        match large && method == "GET" && !faults.break_after.is_empty() {
-            true => say(status, &more, &body[..faults.break_after.remove(0)]),
-            false => say(status, &more, body),
-        }
-    }
-}
-
-/// Names of headers are in any case; what they hold stays as it is.
-fn lower_names(headers: &str) -> String {
-    let words = headers.split(' ').map(|word| match word.strip_suffix(':') {
-        Some(name) => format!("{}:", name.to_ascii_lowercase()),
-        None => word.to_owned(),
-    });
-    words.collect::<Vec<_>>().join(" ")
-}
-
-/// As the hub's: SHA-256 of large files, git's hash of small ones.
-fn etag(file: &str, content: &[u8]) -> String {
-    let hash = match file.ends_with(".safetensors") || file.ends_with(".gguf") {
-        true => digest::digest(&digest::SHA256, content),
-        false => {
-            let blob = [format!("blob {}\0", content.len()).as_bytes(), content].concat();
-            digest::digest(&digest::SHA1_FOR_LEGACY_USE_ONLY, &blob)
-        }
-    };
-    let digits: String = hash.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("\"{digits}\"")
-}
-
-fn sharded_model() -> BTreeMap<String, Vec<u8>> {
-    model("llama_tied_sharded")
-}
-
-fn single_model() -> BTreeMap<String, Vec<u8>> {
-    model("llama_rope_llama3")
-}
-
-fn model(case: &str) -> BTreeMap<String, Vec<u8>> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../kernels/tests/golden")
-        .join(case);
-    let tokenizer = json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
-        "pre_tokenizer": null, "post_processor": null, "decoder": null,
-        "model": { "type": "BPE", "vocab": { "a": 0 }, "merges": [] },
-    });
-    let mut files = BTreeMap::from([
-        ("tokenizer.json".to_owned(), tokenizer.to_string().into_bytes()),
-        ("README.md".to_owned(), b"# Tiny".to_vec()),
-        ("pytorch_model.bin".to_owned(), vec![0; 99]),
-    ]);
-    for entry in fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
-        if name == "config.json" || name.starts_with("model") {
-            files.insert(name, fs::read(path).unwrap());
-        }
-    }
-    files
-}
-
-fn answer(output: &Output) -> Value {
-    assert!(output.status.success(), "{}", text(&output.stderr));
-    serde_json::from_slice(&output.stdout).unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-/// Runs the binary to its end, which must come in time.
-fn run(home: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_polder"));
-    command.arg("--home").arg(home).arg("--json").args(arguments);
-    for name in [
-        "HF_TOKEN",
-        "HF_ENDPOINT",
-        "http_proxy",
-        "https_proxy",
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "ALL_PROXY",
-        "all_proxy",
+    for (content, words) in [
+        (Some("no certificate"), "no root certificate"),
+        (None, "cannot be read"),
     ] {
-        command.env_remove(name);
-    }
-    command.envs(environment.iter().copied());
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let child = command.spawn().unwrap();
-    let process = child.id();
-    let (ended, end) = mpsc::channel();
-    std::thread::spawn(move || ended.send(child.wait_with_output()));
-    match end.recv_timeout(PULL_TIME_MAX) {
-        Ok(output) => output.unwrap(),
-        Err(_) => {
-            let _ = Command::new("kill").args(["-KILL", &process.to_string()]).status();
-            panic!("polder {arguments:?} does not end")
+        let _ = fs::remove_file(&roots);
+        if let Some(content) = content {
+            fs::write(&roots, content).unwrap();
         }
+        let error = text(&hub.run_with(home.path(), "hf:org/tiny", &trusted).stderr);
+        assert!(error.contains("SSL_CERT_FILE") && error.contains(words), "{error}");
     }
 }
+
+/// Base64 of nothing that is a certificate.
+const BROKEN: &str = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";

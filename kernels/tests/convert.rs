@@ -89,7 +89,7 @@ fn what_gguf_has_no_word_for_is_refused() {
     };
     let error = refused("mistral_sliding", &|_| {});
     assert!(matches!(error, WeightsError::Feature { .. }), "{error}");
-    let error = refused("smollm3_nope", &|_| {});
+    let error = refused("mistral4_mla", &|_| {});
     assert!(matches!(error, WeightsError::Architecture { .. }), "{error}");
     let error = refused("llama_rope_llama3", &|folder| {
         let mut tokenizer = tiny_tokenizer();

@@ -7,7 +7,7 @@ use super::place::is_path;
 use crate::failure::hinted;
 
 /// What describes a model and its text, beside the weights.
-const DESCRIPTIONS: [&str; 10] = [
+const DESCRIPTIONS: [&str; 11] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -18,6 +18,7 @@ const DESCRIPTIONS: [&str; 10] = [
     "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
 ];
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io::Read;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
@@ -19,6 +20,12 @@ use crate::failure::{Hint, hinted};
 const ENDPOINT: &str = "https://huggingface.co";
 /// A listing of the largest repositories, some ten thousand files.
 const LISTING_BYTES_MAX: u64 = 32 << 20;
+/// Attempts at a question that the hub is too busy for; then it is down.
+const ATTEMPTS_MAX: u32 = 5;
+/// Before the second attempt; doubled before each further one.
+const PAUSE: Duration = Duration::from_millis(500);
+/// The longest pause that a hub may ask for.
+const PAUSE_MAX: Duration = Duration::from_secs(30);
 /// From a renamed repository to its new name, and on to where its files lie; more is a circle.
 const MOVES_MAX: usize = 5;
 
@@ -100,7 +107,7 @@ impl Hub {
         let connector =
             ().chain(ConnectProxyConnector::default())
                 .chain(TcpConnector::default())
-                .chain(TlsConnector::new()?);
+                .chain(TlsConnector::from_environment()?);
         Ok(Self {
             agent: Agent::with_parts(settings, connector, DefaultResolver::default()),
             endpoint: endpoint.trim_end_matches('/').to_owned(),
@@ -122,7 +129,7 @@ impl Hub {
         let (organisation, name) = (&place.organisation, &place.name);
         let revision = place.revision.replace('/', "%2F");
         let url = format!("{}/api/models/{organisation}/{name}/revision/{revision}", self.endpoint);
-        let response = self.get(url, 0).map_err(|error| self.unreachable(&error))?;
+        let response = patiently(|| self.get(url.clone(), 0)).map_err(|error| self.unreachable(&error))?;
         let mut response = self.accepted(response, place)?;
         let text = response
             .body_mut()
@@ -149,11 +156,14 @@ impl Hub {
     pub(crate) fn facts(&self, place: &Place, commit: &str, file: &str) -> anyhow::Result<Facts> {
         let mut url = self.file_url(place, commit, file);
         for _ in 0..MOVES_MAX {
-            let mut request = self.agent.head(&url);
-            if let Some(bearer) = self.bearer_for(&url) {
-                request = request.header("authorization", bearer);
-            }
-            let response = request.call().map_err(|error| self.unreachable(&error))?;
+            let response = patiently(|| {
+                let mut request = self.agent.head(&url);
+                if let Some(bearer) = self.bearer_for(&url) {
+                    request = request.header("authorization", bearer);
+                }
+                request.call()
+            });
+            let response = response.map_err(|error| self.unreachable(&error))?;
             let header = |name: &str| Some(response.headers().get(name)?.to_str().ok()?.to_owned());
             if response.status().is_redirection() && header("x-linked-etag").is_none() {
                 // A renamed repository. Only where large files lie has another host, and those name their hash here.
@@ -263,9 +273,16 @@ impl Hub {
     }
 
     fn unreachable(&self, error: &ureq::Error) -> anyhow::Error {
+        let distrusted = matches!(error, ureq::Error::Io(error) if super::tls::is_distrust(error));
         hinted(
             anyhow!("{} does not answer: {error}", self.endpoint),
-            "is this machine online? HF_ENDPOINT may name another hub or a mirror",
+            match distrusted {
+                true => {
+                    "no root that is trusted here vouches for its certificate; behind a proxy that opens connections, set \
+                     SSL_CERT_FILE to a PEM file with the proxy's root"
+                }
+                false => "is this machine online? HF_ENDPOINT may name another hub or a mirror",
+            },
         )
     }
 
@@ -296,6 +313,22 @@ impl Hub {
             _ => Err(hinted(anyhow!("{endpoint} answers {status}"), "try again later")),
         }
     }
+}
+
+/// Asks again, with pauses, while the hub says that it cannot answer now.
+fn patiently(ask: impl Fn() -> Result<Response<Body>, ureq::Error>) -> Result<Response<Body>, ureq::Error> {
+    let mut pause = PAUSE;
+    for _ in 1..ATTEMPTS_MAX {
+        let response = ask()?;
+        if !matches!(response.status().as_u16(), 429 | 500..=599) {
+            return Ok(response);
+        }
+        let wanted = response.headers().get("retry-after");
+        let wanted = wanted.and_then(|seconds| seconds.to_str().ok()?.trim().parse().ok());
+        thread::sleep(wanted.map_or(pause, Duration::from_secs).min(PAUSE_MAX));
+        pause *= 2;
+    }
+    ask()
 }
 
 /// A file on its way.

@@ -1,14 +1,27 @@
-//! HTTPS through the one rustls of this program: TLS 1.3, aws-lc, the root certificates of browsers.
+//! HTTPS through the one rustls of this program: TLS 1.3, aws-lc, the root certificates of browsers or of the machine's
+//! owner.
 
+use std::fs;
 use std::io::{self, Read as _, Write as _};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustls::pki_types::ServerName;
+use anyhow::{Context as _, anyhow};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use ureq::Error;
 use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, Connector, Either, LazyBuffers, NextTimeout, Transport, TransportAdapter,
 };
+
+use crate::failure::{Hint as _, hinted};
+
+/// Names a file of root certificates in PEM that are trusted in place of browsers', as OpenSSL, curl and Python have it.
+/// That is how a machine behind a proxy that opens connections learns of the proxy's own root.
+const ROOTS_VARIABLE: &str = "SSL_CERT_FILE";
+/// A machine's whole store has 250 KB.
+const ROOTS_BYTES_MAX: u64 = 16 << 20;
 
 /// Wraps connections for `https` addresses.
 #[derive(Debug)]
@@ -17,10 +30,18 @@ pub(super) struct TlsConnector {
 }
 
 impl TlsConnector {
-    /// Trusts the roots that browsers trust.
-    pub(super) fn new() -> anyhow::Result<Self> {
-        let roots = RootCertStore {
-            roots: webpki_roots::TLS_SERVER_ROOTS.to_vec(),
+    /// Trusts the roots that browsers trust, or those that `SSL_CERT_FILE` names.
+    ///
+    /// # Errors
+    ///
+    /// A file of roots that cannot be read, or holds none.
+    pub(super) fn from_environment() -> anyhow::Result<Self> {
+        let named = std::env::var_os(ROOTS_VARIABLE).filter(|path| !path.is_empty());
+        let roots = match named.map(PathBuf::from) {
+            Some(path) => roots_of(&path).with_context(|| format!("{ROOTS_VARIABLE} names {}", path.display()))?,
+            None => RootCertStore {
+                roots: webpki_roots::TLS_SERVER_ROOTS.to_vec(),
+            },
         };
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let settings = ClientConfig::builder_with_provider(provider)
@@ -30,6 +51,32 @@ impl TlsConnector {
         Ok(Self {
             settings: Arc::new(settings),
         })
+    }
+}
+
+/// Whether a connection failed because of the other side's certificate.
+pub(super) fn is_distrust(error: &io::Error) -> bool {
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<rustls::Error>());
+    matches!(cause, Some(rustls::Error::InvalidCertificate(_)))
+}
+
+fn roots_of(path: &Path) -> anyhow::Result<RootCertStore> {
+    let hint = "name a file of certificates in PEM, or unset the variable to trust the roots of browsers";
+    let bytes = fs::metadata(path).context("it cannot be read").hint(hint)?.len();
+    if bytes > ROOTS_BYTES_MAX {
+        return Err(hinted(
+            anyhow!("it has {bytes} bytes, which no store of roots has"),
+            hint,
+        ));
+    }
+    let text = fs::read(path).context("it cannot be read").hint(hint)?;
+    // What else is in the file, such as certificates that are no longer understood, is left out as OpenSSL does.
+    let certificates = CertificateDer::pem_slice_iter(&text).filter_map(Result::ok);
+    let mut roots = RootCertStore::empty();
+    let (added, _) = roots.add_parsable_certificates(certificates);
+    match added {
+        0 => Err(hinted(anyhow!("it holds no root certificate"), hint)),
+        _ => Ok(roots),
     }
 }
 

@@ -5,6 +5,7 @@ mod byte_pairs;
 mod chat;
 mod grammar;
 mod make;
+pub(crate) mod named_templates;
 pub(crate) mod pieces;
 mod sentencepiece;
 mod stream;

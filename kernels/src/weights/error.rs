@@ -42,7 +42,7 @@ pub enum WeightsError {
         #[source]
         source: ConfigError,
     },
-    #[error("{}: architecture `{architecture}` is not implemented; implemented: llama, qwen2, qwen3", path.display())]
+    #[error("{}: architecture `{architecture}` is not implemented; implemented: {}", path.display(), super::gguf::NAMES)]
     Architecture { path: PathBuf, architecture: String },
     #[error("{}: {feature} is not implemented", path.display())]
     Feature { path: PathBuf, feature: String },

@@ -93,7 +93,7 @@ fn write(model: &Exported<'_>, folder: &Path) -> Result<(), WeightsError> {
         let names: Vec<_> = file.names().filter(|name| !(config.tied && *name == OUTPUT)).collect();
         for name in names {
             let mut tensor = file.tensor(name)?;
-            if let (Some(ty), [_], PackedType::F32) = (vectors, tensor.shape.as_slice(), tensor.ty) {
+            if let (Some(ty), [] | [_], PackedType::F32) = (vectors, tensor.shape.as_slice(), tensor.ty) {
                 tensor = without_loss(&tensor, ty).unwrap_or(tensor);
             }
             if tensor.is_packed() {

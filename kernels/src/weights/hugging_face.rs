@@ -9,7 +9,7 @@ use super::fp8::Scaled;
 use super::import::{ModelSource, Tensors};
 use super::{PartFile, TensorSource, WeightsError, source};
 use crate::model::{Config, json};
-use crate::text::{TextError, Tokenizer, from_sentencepiece, from_tekken};
+use crate::text::{TextError, Tokenizer, from_sentencepiece, from_tekken, named_templates};
 
 /// Opens a folder as a model.
 pub(super) fn open(folder: &Path) -> Result<ModelSource, WeightsError> {
@@ -86,6 +86,9 @@ pub(crate) fn open_folder(folder: &Path, config_json: &str) -> Result<Box<dyn Te
     Ok(Box::new(Scaled::new(Shards::open(folder)?, config_json)))
 }
 
+/// Where a template for questions with tools is, in a folder as published and in one that was fetched file by file.
+const TOOL_TEMPLATES: [&str; 2] = ["additional_chat_templates/tool_use.jinja", "tool_use.jinja"];
+
 /// The files that say which tokens begin and end, whichever of them are there.
 struct Settings {
     tokenizer: Value,
@@ -134,21 +137,37 @@ impl Settings {
         ids
     }
 
-    /// From `chat_template.jinja`, else from `tokenizer_config.json`: a text, or a list of which one is `default`.
+    /// From `chat_template.jinja`, else from `tokenizer_config.json`: a text, or a list of named ones. A template named
+    /// `tool_use`, of the list or in a file of its own, is for questions with tools.
     fn chat_template(&self, folder: &Path) -> Result<Option<String>, WeightsError> {
-        let path = folder.join("chat_template.jinja");
-        if path.exists() {
-            return source::read_text(&path).map(Some);
-        }
-        let template = match self.tokenizer.get("chat_template") {
-            Some(Value::String(template)) => Some(template.clone()),
-            Some(Value::Array(list)) => list
-                .iter()
-                .find(|entry| entry.get("name").and_then(Value::as_str) == Some("default"))
-                .and_then(|entry| entry.get("template")?.as_str().map(str::to_owned)),
-            _ => None,
+        let read_if_there = |name: &str| {
+            let path = folder.join(name);
+            path.exists().then(|| source::read_text(&path)).transpose()
         };
-        Ok(template)
+        let listed = self.tokenizer.get("chat_template");
+        let named = |name: &str| {
+            let of_list = listed.and_then(Value::as_array)?;
+            let found = of_list
+                .iter()
+                .find(|entry| entry.get("name").is_some_and(|found| found == name));
+            found?.get("template")?.as_str().map(str::to_owned)
+        };
+        let default = match read_if_there("chat_template.jinja")? {
+            Some(template) => Some(template),
+            None => listed
+                .and_then(Value::as_str)
+                .map(str::to_owned)
+                .or_else(|| named("default")),
+        };
+        let mut with_tools = None;
+        for name in TOOL_TEMPLATES {
+            with_tools = with_tools.or(read_if_there(name)?);
+        }
+        let with_tools = with_tools.or_else(|| named("tool_use"));
+        Ok(default.map(|default| match with_tools {
+            Some(with_tools) => named_templates::joined(&default, &with_tools),
+            None => default,
+        }))
     }
 }
 

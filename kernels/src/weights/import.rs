@@ -8,7 +8,7 @@ use polder_protocol::layout::PartLayout;
 
 use super::part_file::OUTPUT;
 use super::part_writer::TIED_NOTE;
-use super::{PartWriter, TensorSource, WeightsError, gguf_model, hugging_face};
+use super::{PartWriter, TensorSource, WeightsError, gguf, hugging_face};
 use crate::model::{Config, layout};
 use crate::text::Tokenizer;
 
@@ -98,7 +98,7 @@ pub(crate) fn open(source: &Path) -> Result<ModelSource, WeightsError> {
         return hugging_face::open(source);
     }
     if source.is_file() {
-        return gguf_model::open(source);
+        return gguf::open(source);
     }
     match source.exists() {
         true => Err(WeightsError::NotAModel {
@@ -240,7 +240,7 @@ fn partial_folder(out: &Path) -> PathBuf {
 mod tests {
     use serde_json::{Value, json};
 
-    use super::super::gguf::tests::Builder;
+    use super::super::gguf::builder::Builder;
     use super::super::{Exported, Gguf, PartFile, Vectors, export, inspect};
     use super::*;
     use crate::quant::{PackedType, narrow};

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::gguf_model::GgufFile;
+use super::gguf::GgufFile;
 use super::{PartFile, WeightsError, import};
 use crate::model::Config;
 

@@ -3,7 +3,9 @@
 //! - Hermes, Qwen, SmolLM3: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, any number of times, after words;
 //! - Mistral: `[TOOL_CALLS][{"name": ..., "arguments": {...}}]`, later `[TOOL_CALLS]name[ARGS]{...}`;
 //! - Llama: `{"name": ..., "parameters": {...}}`, several with `;` between;
-//! - Apertus: `[{"name": {...}}]` between marks.
+//! - Apertus: `[{"name": {...}}]` between marks;
+//! - Qwen 3 Coder, Nemotron 3: `<tool_call><function=name><parameter=key>value</parameter></function></tool_call>`;
+//! - Llama 3.2 and 4: `[name(key=value, ...), ...]`, in Python's words.
 //!
 //! Marks that are special tokens are not in the text of an answer, so they may be missing. A call is only what names a
 //! tool that was offered: an answer in JSON about something else stays text.
@@ -11,17 +13,26 @@
 use polder_protocol::hash::hex;
 use serde_json::{Map, Value, json};
 
+use super::call_forms::{self, FUNCTION};
 use crate::serve::marks;
 
 /// What calls begin with, wherever it stands.
-const MARKS: [&str; 4] = ["<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<|tools_prefix|>"];
+const MARKS: [&str; 6] = [
+    "<tool_call>",
+    "[TOOL_CALLS]",
+    "<|python_tag|>",
+    "<|python_start|>",
+    "<|tools_prefix|>",
+    FUNCTION,
+];
 
 /// What may follow the name of a tool that is called without an object around it.
 const ARGUMENTS: &str = "[ARGS]";
 
 /// What may stand around and between calls.
-const BETWEEN: [&str; 6] = [
+const BETWEEN: [&str; 7] = [
     "</tool_call>",
+    "<|python_end|>",
     "<|tools_suffix|>",
     "<tool_call>",
     "[TOOL_CALLS]",
@@ -31,6 +42,14 @@ const BETWEEN: [&str; 6] = [
 
 /// Bytes of an id. Mistral's templates take nine letters and digits and nothing else; others take anything.
 const ID_BYTES: usize = 9;
+
+/// A tool that was offered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Offered {
+    pub(super) name: String,
+    /// The parameters that are texts: between tags, `3` may be one.
+    pub(super) texts: Vec<String>,
+}
 
 /// One call.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,7 +74,7 @@ impl Call {
 /// Looks for calls in an answer that comes piece by piece, and holds back what may be one.
 #[derive(Debug)]
 pub(super) struct Calls {
-    names: Vec<String>,
+    tools: Vec<Offered>,
     state: State,
 }
 
@@ -70,10 +89,10 @@ enum State {
 }
 
 impl Calls {
-    /// Looks for calls of `names`.
-    pub(super) fn of(names: Vec<String>) -> Self {
+    /// Looks for calls of `tools`.
+    pub(super) fn of(tools: Vec<Offered>) -> Self {
         Self {
-            names,
+            tools,
             state: State::Beginning(String::new()),
         }
     }
@@ -126,8 +145,8 @@ impl Calls {
             return Some(true);
         }
         let mut may = MARKS.iter().any(|mark| mark.starts_with(text));
-        for name in &self.names {
-            if let Some(rest) = text.strip_prefix(name.as_str()) {
+        for name in self.names() {
+            if let Some(rest) = text.strip_prefix(name) {
                 let rest = rest.trim_start();
                 if rest.starts_with('{') || rest.starts_with(ARGUMENTS) {
                     return Some(true);
@@ -149,25 +168,37 @@ impl Calls {
         text
     }
 
+    fn names(&self) -> impl Iterator<Item = &str> {
+        self.tools.iter().map(|tool| tool.name.as_str())
+    }
+
     /// All of `text` as calls, or `None` if any of it is something else.
     fn read(&self, text: &str) -> Option<Vec<Call>> {
         let mut calls = Vec::new();
         let mut rest = text.trim();
-        while let Some(mark) = MARKS.iter().find(|mark| rest.starts_with(**mark)) {
+        let opens = |rest: &str, mark: &str| mark != FUNCTION && rest.starts_with(mark);
+        while let Some(mark) = MARKS.iter().find(|mark| opens(rest, mark)) {
             rest = rest.strip_prefix(mark)?.trim_start();
         }
         while !rest.is_empty() {
-            let named = self.names.iter().filter(|name| rest.starts_with(name.as_str()));
+            let named = self.names().filter(|name| rest.starts_with(*name));
             // The longest: one name may begin another.
-            if let Some(name) = named.max_by_key(|name| name.len()) {
-                let after = rest.strip_prefix(name.as_str())?.trim_start();
+            if rest.starts_with(FUNCTION) {
+                let ((name, parameters), after) = call_forms::between_tags(rest)?;
+                calls.push(self.between_tags(name, parameters)?);
+                rest = after.trim_start();
+            } else if let Some(name) = named.max_by_key(|name| name.len()) {
+                let after = rest.strip_prefix(name)?.trim_start();
                 let after = after.strip_prefix(ARGUMENTS).unwrap_or(after);
                 let (value, after) = value(after)?;
                 let Value::Object(arguments) = value else { return None };
                 calls.push(Call {
-                    name: name.clone(),
+                    name: name.to_owned(),
                     arguments,
                 });
+                rest = after.trim_start();
+            } else if let Some((found, after)) = call_forms::of_python(rest, |name| self.knows(name)) {
+                calls.extend(found.into_iter().map(|(name, arguments)| Call { name, arguments }));
                 rest = after.trim_start();
             } else {
                 let (value, after) = value(rest)?;
@@ -188,10 +219,33 @@ impl Calls {
         (!calls.is_empty()).then_some(calls)
     }
 
+    fn knows(&self, name: &str) -> bool {
+        self.names().any(|known| known == name)
+    }
+
+    /// A call whose parameters are texts, read as what the tool takes.
+    fn between_tags(&self, name: &str, parameters: Vec<(&str, &str)>) -> Option<Call> {
+        let tool = self.tools.iter().find(|tool| tool.name == name)?;
+        let mut arguments = Map::new();
+        for (key, text) in parameters {
+            let value = match tool.texts.iter().any(|known| known == key) {
+                true => Value::from(text),
+                false => call_forms::of_text(text),
+            };
+            if arguments.insert(key.to_owned(), value).is_some() {
+                return None;
+            }
+        }
+        Some(Call {
+            name: name.to_owned(),
+            arguments,
+        })
+    }
+
     fn call(&self, item: Value) -> Option<Call> {
         let Value::Object(mut item) = item else { return None };
-        let known = |name: &str| self.names.iter().any(|known| known == name);
-        if let Some(name) = item.get("name").and_then(Value::as_str).filter(|name| known(name)) {
+        let name = item.get("name").and_then(Value::as_str);
+        if let Some(name) = name.filter(|name| self.knows(name)) {
             let name = name.to_owned();
             let arguments = match item.remove("arguments").or_else(|| item.remove("parameters")) {
                 None | Some(Value::Null) => Map::new(),
@@ -203,7 +257,7 @@ impl Calls {
         }
         let mut fields = item.into_iter();
         match (fields.next(), fields.next()) {
-            (Some((name, Value::Object(arguments))), None) if known(&name) => Some(Call { name, arguments }),
+            (Some((name, Value::Object(arguments))), None) if self.knows(&name) => Some(Call { name, arguments }),
             _ => None,
         }
     }
@@ -222,7 +276,11 @@ mod tests {
     use proptest::prelude::*;
 
     fn calls() -> Calls {
-        Calls::of(vec!["tide".to_owned(), "tide_table".to_owned()])
+        let offered = |name: &str| Offered {
+            name: name.to_owned(),
+            texts: vec!["town".to_owned()],
+        };
+        Calls::of(vec![offered("tide"), offered("tide_table")])
     }
 
     fn call(name: &str, arguments: Value) -> Call {
@@ -293,6 +351,30 @@ mod tests {
                 "",
                 vec![delfzijl()],
             ),
+            (
+                "I look.\n<tool_call>\n<function=tide>\n<parameter=town>\n12\n</parameter>\n<parameter=days>\n3\n</parameter>\n\
+                 </function>\n</tool_call>\n<tool_call>\n<function=tide_table>\n</function>\n</tool_call>",
+                "I look.\n",
+                vec![
+                    call("tide", json!({ "town": "12", "days": 3 })),
+                    call("tide_table", json!({})),
+                ],
+            ),
+            (
+                "Now.<function=tide>\n<parameter=town>Delfzijl</parameter></function>",
+                "Now.",
+                vec![delfzijl()],
+            ),
+            (
+                "[tide(town='Delfzijl'), tide_table()]",
+                "",
+                vec![delfzijl(), call("tide_table", json!({}))],
+            ),
+            (
+                "<|python_start|>[tide(town=\"Delfzijl\")]<|python_end|>",
+                "",
+                vec![delfzijl()],
+            ),
         ] {
             for size in [1, 3, 1_000] {
                 assert_eq!(of(answer, size), (words.to_owned(), expected.clone()), "{answer}");
@@ -313,6 +395,11 @@ mod tests {
             "{\"name\": \"tide\", \"arguments\": 3}",
             "a < b and <tool",
             "{\"name\": \"tide\", \"arguments\": {}} is how one asks",
+            "[tide(town='Delfzijl'), ebb()]",
+            "[tide('Delfzijl')] is how one asks",
+            "<function=ebb></function>",
+            "<function=tide><parameter=town>a</parameter><parameter=town>b</parameter></function>",
+            "a <function=tide> without an end",
         ] {
             for size in [1, 3, 1_000] {
                 assert_eq!(of(answer, size), (answer.to_owned(), Vec::new()));
@@ -331,7 +418,7 @@ mod tests {
     proptest! {
         /// Whatever a model writes: nothing is lost unless it became a call.
         #[test]
-        fn text_is_kept(answer in "(<tool_call>|\\[TOOL_CALLS\\]|tide|\\[ARGS\\]|\\{|\\}|\\[|\\]|\"name\"|:|,|é| |;){0,24}", size in 1_usize..9) {
+        fn text_is_kept(answer in "(<tool_call>|\\[TOOL_CALLS\\]|<function=tide>|</function>|<parameter=town>|</parameter>|\\(|\\)|'|=|tide|\\[ARGS\\]|\\{|\\}|\\[|\\]|\"name\"|:|,|é| |;){0,24}", size in 1_usize..9) {
             let (text, found) = of(&answer, size);
             if found.is_empty() {
                 prop_assert_eq!(text, answer);

@@ -2,6 +2,7 @@
 //! and `/metrics`.
 
 mod answer;
+mod call_forms;
 mod calls;
 mod failure;
 mod log_probabilities;

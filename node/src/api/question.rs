@@ -8,6 +8,7 @@ use polder_protocol::work::{ALTERNATIVES_MAX, GRAMMAR_BYTES_MAX, Grammar, Messag
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::calls::Offered;
 use super::failure::Failure;
 use super::tools::{Called, Choice, Tools, name_answers};
 use crate::serve::{GenerateRequest, Owner, ServeHandle};
@@ -148,7 +149,7 @@ pub(super) struct Shape {
     pub(super) log_probabilities: bool,
     pub(super) model: String,
     /// Tools whose calls are looked for in the answer.
-    pub(super) tools: Vec<String>,
+    pub(super) tools: Vec<Offered>,
 }
 
 impl ChatQuestion {
@@ -180,7 +181,7 @@ impl ChatQuestion {
             ));
         }
         request.grammar = request.grammar.or(call);
-        shape.tools = tools.names().map(str::to_owned).collect();
+        shape.tools = tools.offered();
         Ok((request, shape))
     }
 }

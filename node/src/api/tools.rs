@@ -4,6 +4,7 @@ use polder_protocol::work::{GRAMMAR_BYTES_MAX, Grammar, Message, TOOLS_BYTES_MAX
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use super::calls::Offered;
 use super::failure::Failure;
 
 /// As many as OpenAI takes.
@@ -121,6 +122,21 @@ impl Tools {
             .filter_map(|tool| tool.pointer("/function/name")?.as_str())
     }
 
+    /// The tools as calls of them are looked for.
+    pub(super) fn offered(&self) -> Vec<Offered> {
+        let offered = self.tools.iter().filter_map(|tool| {
+            let parameters = tool
+                .pointer("/function/parameters/properties")
+                .and_then(Value::as_object);
+            let texts = parameters.into_iter().flatten().filter(|(_, schema)| is_text(schema));
+            Some(Offered {
+                name: tool.pointer("/function/name")?.as_str()?.to_owned(),
+                texts: texts.map(|(name, _)| name.clone()).collect(),
+            })
+        });
+        offered.collect()
+    }
+
     /// What an answer that must be a call keeps to: `{"name": ..., "arguments": ...}`.
     pub(super) fn grammar(&self) -> Result<Option<Grammar>, Failure> {
         let Some(forced) = &self.forced else { return Ok(None) };
@@ -185,6 +201,19 @@ pub(super) fn name_answers(messages: &mut [Message]) {
             .rev()
             .find(|call| Some(&call.id) == message.tool_call_id.as_ref());
         message.name = call.map(|call| call.name.clone());
+    }
+}
+
+/// Whether a schema takes texts and, but for null, nothing else.
+fn is_text(schema: &Value) -> bool {
+    match (schema.get("type"), schema.get("enum")) {
+        (Some(Value::String(kind)), _) => kind == "string",
+        (Some(Value::Array(kinds)), _) => {
+            let mut kinds = kinds.iter().filter(|kind| *kind != "null").peekable();
+            kinds.peek().is_some() && kinds.all(|kind| kind == "string")
+        }
+        (None, Some(Value::Array(values))) => values.iter().all(Value::is_string),
+        _ => false,
     }
 }
 

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use super::WeightsError;
 use crate::quant::{PackedBytes, PackedType};
+use crate::weights::WeightsError;
 
 const VERSION: u32 = 3;
 /// What readers assume where the file does not say.
@@ -20,22 +20,25 @@ const TEXT: u32 = 8;
 const LIST: u32 = 9;
 
 /// A file on its way. Metadata and tensors are written in the order in which they came.
-#[derive(Debug, Default)]
-pub(super) struct GgufWriter {
+#[derive(Default)]
+pub(super) struct GgufWriter<'a> {
     entries: u64,
     metadata: Vec<u8>,
-    tensors: Vec<Pending>,
+    tensors: Vec<Pending<'a>>,
 }
 
-#[derive(Debug)]
-struct Pending {
+/// What makes the bytes of a tensor, one piece after the other, when they are written: models are larger than memory.
+pub(super) type Pieces<'a> = Box<dyn Iterator<Item = Result<PackedBytes, WeightsError>> + 'a>;
+
+struct Pending<'a> {
     name: String,
     ty: PackedType,
     shape: Vec<usize>,
-    bytes: PackedBytes,
+    length: usize,
+    pieces: Pieces<'a>,
 }
 
-impl GgufWriter {
+impl<'a> GgufWriter<'a> {
     pub(super) fn text(&mut self, key: &str, value: &str) {
         let mut bytes = Vec::new();
         push_text(&mut bytes, value);
@@ -75,7 +78,26 @@ impl GgufWriter {
 
     /// Adds a tensor by its bytes, which the caller has checked. `shape` is outermost first.
     pub(super) fn tensor(&mut self, name: String, ty: PackedType, shape: Vec<usize>, bytes: PackedBytes) {
-        self.tensors.push(Pending { name, ty, shape, bytes });
+        let length = bytes.len();
+        self.pieces(name, ty, shape, length, Box::new(std::iter::once(Ok(bytes))));
+    }
+
+    /// Adds a tensor of `length` bytes that are made when they are written.
+    pub(super) fn pieces(
+        &mut self,
+        name: String,
+        ty: PackedType,
+        shape: Vec<usize>,
+        length: usize,
+        pieces: Pieces<'a>,
+    ) {
+        self.tensors.push(Pending {
+            name,
+            ty,
+            shape,
+            length,
+            pieces,
+        });
     }
 
     /// Writes the file and waits until the disk has it.
@@ -99,14 +121,20 @@ impl GgufWriter {
             }
             header.extend(tensor.ty.ggml_code().to_le_bytes());
             header.extend((offset as u64).to_le_bytes());
-            offset += tensor.bytes.len().next_multiple_of(ALIGNMENT);
+            offset += tensor.length.next_multiple_of(ALIGNMENT);
         }
         header.resize(header.len().next_multiple_of(ALIGNMENT), 0);
         let mut file = BufWriter::new(File::create(path).map_err(failed())?);
         file.write_all(&header).map_err(failed())?;
-        for tensor in &self.tensors {
-            let length = tensor.bytes.len();
-            file.write_all(&tensor.bytes).map_err(failed())?;
+        for tensor in self.tensors {
+            let length = tensor.length;
+            let mut written = 0;
+            for piece in tensor.pieces {
+                let piece = piece?;
+                file.write_all(&piece).map_err(failed())?;
+                written += piece.len();
+            }
+            assert!(written == length, "the pieces of {} are the tensor", tensor.name);
             let padding = length.next_multiple_of(ALIGNMENT) - length;
             file.write_all([0; ALIGNMENT].get(..padding).unwrap_or_default())
                 .map_err(failed())?;

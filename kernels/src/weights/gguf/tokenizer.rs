@@ -5,9 +5,10 @@ use std::collections::HashMap;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Map, Value, json};
 
-use super::WeightsError;
-use super::gguf_model::GgufFile;
+use super::GgufFile;
+use crate::text::named_templates;
 use crate::text::pieces::{self, Pieces, beginning_with};
+use crate::weights::WeightsError;
 
 /// What a GGUF file says of text.
 pub(super) struct GgufTokenizer {
@@ -25,7 +26,7 @@ const CONTROL: f64 = 3.0;
 const USER_DEFINED: f64 = 4.0;
 
 /// Special tokens that end a turn or a text in some family, whichever of them the file names as its end.
-const END_TEXTS: [&str; 8] = [
+const END_TEXTS: [&str; 9] = [
     "</s>",
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -34,6 +35,7 @@ const END_TEXTS: [&str; 8] = [
     "<|eom_id|>",
     "<|end|>",
     "<end_of_turn>",
+    "<|assistant_end|>",
 ];
 
 /// How a byte-level tokenizer cuts text before merging, from the name that llama.cpp gives it.
@@ -46,6 +48,8 @@ enum Cut {
     Expression(&'static str, bool),
     /// As [`Cut::Expression`], after Unicode composition.
     Composed(&'static str),
+    /// One expression after the other.
+    Expressions(&'static [&'static str]),
 }
 
 const LLAMA_3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -53,12 +57,20 @@ const QWEN_2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+const DEEPSEEK_3: [&str; 3] = [
+    r"\p{N}{1,3}",
+    "[一-龥\u{3040}-ゟ゠-ヿ]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+];
+
 fn cut_named(name: &str) -> Option<Cut> {
     Some(match name {
         "default" | "gpt-2" | "gpt2" => Cut::Gpt2,
         "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "minerva-7b" => Cut::Digits,
-        "llama3" | "llama-v3" | "llama-bpe" | "falcon3" => Cut::Expression(LLAMA_3, true),
+        "llama3" | "llama-v3" | "llama-bpe" | "falcon3" | "pixtral" => Cut::Expression(LLAMA_3, true),
+        "smaug-bpe" => Cut::Expression(LLAMA_3, false),
         "tekken" => Cut::Expression(TEKKEN, true),
+        "deepseek-v3" => Cut::Expressions(&DEEPSEEK_3),
         "qwen2" | "deepseek-r1-qwen" => Cut::Composed(QWEN_2),
         _ => return None,
     })
@@ -112,7 +124,7 @@ pub(super) fn build(file: &GgufFile) -> Result<GgufTokenizer, WeightsError> {
             is_spm
                 || matches!(
                     file.text("tokenizer.ggml.pre")?,
-                    Some("llama-bpe" | "llama3" | "llama-v3" | "tekken")
+                    Some("llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "pixtral" | "tekken")
                 )
         }
     };
@@ -140,10 +152,20 @@ pub(super) fn build(file: &GgufFile) -> Result<GgufTokenizer, WeightsError> {
     };
     Ok(GgufTokenizer {
         json,
-        chat_template: file.text("tokenizer.chat_template")?.map(str::to_owned),
+        chat_template: chat_template(file)?,
         end_tokens,
         begin_token,
     })
+}
+
+/// The template; where a second one is for questions with tools, both in one.
+fn chat_template(file: &GgufFile) -> Result<Option<String>, WeightsError> {
+    let default = file.text("tokenizer.chat_template")?;
+    let with_tools = file.text("tokenizer.chat_template.tool_use")?;
+    Ok(default.map(|default| match with_tools {
+        Some(with_tools) => named_templates::joined(default, with_tools),
+        None => default.to_owned(),
+    }))
 }
 
 fn vocabulary<'a>(file: &GgufFile, tokens: &[&'a str]) -> Result<HashMap<&'a str, u32>, WeightsError> {
@@ -246,25 +268,40 @@ fn byte_letters(use_regex: bool) -> Value {
 /// Normalizer, pre-tokenizer, and whether a whole word that is a token is taken without merging.
 fn cut_json(cut: &Cut) -> (Value, Value, bool) {
     let split = |expression: &str| json!({"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": false});
-    let sequence = |steps: [Value; 2]| json!({"type": "Sequence", "pretokenizers": steps});
+    let sequence = |steps: &[Value]| json!({"type": "Sequence", "pretokenizers": steps});
     match cut {
         Cut::Gpt2 => (Value::Null, byte_letters(true), false),
         Cut::Digits => {
             let digits = json!({"type": "Digits", "individual_digits": true});
-            (Value::Null, sequence([digits, byte_letters(true)]), false)
+            (Value::Null, sequence(&[digits, byte_letters(true)]), false)
         }
-        Cut::Expression(expression, ignore) => {
-            (Value::Null, sequence([split(expression), byte_letters(false)]), *ignore)
-        }
+        Cut::Expression(expression, ignore) => (
+            Value::Null,
+            sequence(&[split(expression), byte_letters(false)]),
+            *ignore,
+        ),
         Cut::Composed(expression) => {
             let composed = json!({"type": "NFC"});
-            (composed, sequence([split(expression), byte_letters(false)]), false)
+            (composed, sequence(&[split(expression), byte_letters(false)]), false)
+        }
+        Cut::Expressions(expressions) => {
+            let mut steps: Vec<Value> = expressions.iter().map(|expression| split(expression)).collect();
+            steps.push(byte_letters(false));
+            (Value::Null, sequence(&steps), false)
         }
     }
 }
 
 /// One name for each way of cutting that files are written with.
-pub(super) const NAMED_CUTS: [&str; 5] = ["gpt-2", "smollm", "llama-bpe", "tekken", "qwen2"];
+pub(super) const NAMED_CUTS: [&str; 7] = [
+    "gpt-2",
+    "smollm",
+    "llama-bpe",
+    "smaug-bpe",
+    "tekken",
+    "qwen2",
+    "deepseek-v3",
+];
 
 /// What decides how a named way cuts: the signatures of normalizer and pre-tokenizer, and whether merges may be ignored.
 pub(super) fn cut_signature(name: &str) -> Option<([Vec<String>; 2], bool)> {

@@ -5,10 +5,9 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::WeightsError;
-use super::export::Exported;
-use super::gguf_tokenizer::{self, NAMED_CUTS};
-use super::gguf_writer::GgufWriter;
+use super::tokenizer::{self, NAMED_CUTS};
+use super::writer::GgufWriter;
+use crate::weights::{Exported, WeightsError};
 
 // ggml's kinds of tokens.
 const NORMAL: i32 = 1;
@@ -20,7 +19,7 @@ const BYTE: i32 = 6;
 
 /// Adds the tokenizer, padded with unused tokens to `vocabulary`, and the chat template.
 pub(super) fn describe(
-    writer: &mut GgufWriter,
+    writer: &mut GgufWriter<'_>,
     out: &Path,
     json: &str,
     vocabulary: usize,
@@ -50,11 +49,11 @@ pub(super) fn describe(
             .is_some_and(|normalizer| normalizer.to_string().contains("\"Prepend\""));
         writer.flag("tokenizer.ggml.add_space_prefix", prefixed);
     } else {
-        let wanted = [json.get("normalizer"), json.get("pre_tokenizer")].map(gguf_tokenizer::signature);
+        let wanted = [json.get("normalizer"), json.get("pre_tokenizer")].map(tokenizer::signature);
         let ignore_merges = inner.get("ignore_merges").and_then(Value::as_bool).unwrap_or(false);
         let name = NAMED_CUTS
             .into_iter()
-            .find(|name| gguf_tokenizer::cut_signature(name) == Some((wanted.clone(), ignore_merges)))
+            .find(|name| tokenizer::cut_signature(name) == Some((wanted.clone(), ignore_merges)))
             .ok_or_else(|| refused("a tokenizer that cuts text in a way that GGUF has no name for"))?;
         writer.text("tokenizer.ggml.model", "gpt2");
         writer.text("tokenizer.ggml.pre", name);
