@@ -2,7 +2,7 @@
 //! and `/metrics`.
 
 mod answer;
-mod calls;
+pub(crate) mod calls;
 mod failure;
 mod log_probabilities;
 mod metrics;
