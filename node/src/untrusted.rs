@@ -2,22 +2,31 @@
 //! their corpora. A reader must neither panic nor take memory that its input does not justify; where there is a writer,
 //! what was read must be written and read alike. Nothing here is for other programs.
 
+use crate::api::calls;
+use crate::control::untrusted as control;
 use crate::data::untrusted as data;
 use crate::home::KnownPeer;
+use crate::mapping::untrusted as mapping;
 use crate::{daemon, enrol, train};
 
 /// A reader.
 pub type Reader = fn(&[u8]);
 
 /// Every reader: its name, which is that of its folder in the corpus, and what it does.
-pub const READERS: [(&str, Reader); 7] = [
+pub const READERS: [(&str, Reader); 13] = [
+    ("addresses", control::addresses),
     ("blob_headers", data::blob_headers),
     ("config", daemon::untrusted::config),
+    ("control_stream", control::control_stream),
     ("enrolment", enrol::untrusted),
     ("greeting", data::greeting),
     ("journal", train::untrusted_journal),
     ("known_peers", known_peers),
+    ("news", daemon::untrusted::news),
     ("packets", data::packets),
+    ("proxy_answer", control::proxy_answer),
+    ("router_answers", mapping::router_answers),
+    ("tool_calls", calls::untrusted),
 ];
 
 /// The peers of the invite, those of the index, this node's own addresses, and what its local interface says.
@@ -41,12 +50,18 @@ pub fn honest() -> Vec<(&'static str, Vec<Vec<u8>>)> {
                   upload_bytes_per_second = 1000000\ncap_clock = \"utc\"\n[contribute]\nwindows = [\"19:00-07:30\"]\n\
                   [[cap_windows]]\nwhen = \"mon-fri 08:00-18:00\"\nrelay_bytes_per_second = 2000000\n";
     vec![
+        ("addresses", control::honest_addresses()),
         ("blob_headers", data::honest_blob_headers()),
         ("config", vec![config.into()]),
+        ("control_stream", control::honest_control_streams()),
         ("enrolment", enrol::honest()),
         ("greeting", data::honest_greetings()),
         ("journal", vec![train::honest_journal()]),
         ("known_peers", vec![peers.into(), met.into()]),
+        ("news", vec![daemon::untrusted::honest_news()]),
         ("packets", data::honest_packets()),
+        ("proxy_answer", control::honest_proxy_answers()),
+        ("router_answers", mapping::honest_router_answers()),
+        ("tool_calls", calls::honest()),
     ]
 }

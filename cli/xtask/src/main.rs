@@ -10,15 +10,10 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let outcome = match (
-        arguments.as_slice(),
-        arguments.get(2).and_then(|text| text.parse().ok()),
-    ) {
-        (["walls"], _) => walls::check(&root),
-        (["fuzz", package @ ("protocol" | "kernels" | "node"), _], Some(seconds)) => fuzz::run(&root, package, seconds),
-        _ => Err(anyhow::anyhow!(
-            "usage: xtask walls | xtask fuzz protocol|kernels|node SECONDS"
-        )),
+    let outcome = match arguments.as_slice() {
+        ["walls"] => walls::check(&root),
+        ["fuzz", rest @ ..] => fuzz::Options::read(rest).and_then(|options| fuzz::run(&root, &options)),
+        _ => Err(anyhow::anyhow!("usage: xtask walls | {}", fuzz::USAGE)),
     };
     match outcome {
         Ok(summary) => {

@@ -4,6 +4,7 @@ mod base64;
 mod byte_pairs;
 mod chat;
 mod grammar;
+mod letter_table;
 mod make;
 pub(crate) mod named_templates;
 pub(crate) mod pieces;

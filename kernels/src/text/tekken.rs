@@ -34,6 +34,8 @@ const SPECIAL: [&str; 20] = [
 const BEGIN: &str = "<s>";
 /// The longest token of published files has 128 bytes; each is tried at every split.
 const TOKEN_BYTES_MAX: usize = 512;
+/// Special tokens need no entry in the file, so it could claim any number; published files have a thousand.
+const SPECIAL_TOKENS_MAX: usize = 1 << 16;
 
 /// Converts the bytes of a `tekken.json`. A text begins with `<s>`.
 ///
@@ -54,6 +56,11 @@ pub fn from_tekken(bytes: &[u8]) -> Result<Vec<u8>, TextError> {
             .ok_or_else(|| refused(&format!("`config.{key}` is missing")))
     };
     let (vocabulary, special) = (size("default_vocab_size")?, size("default_num_special_tokens")?);
+    if special > SPECIAL_TOKENS_MAX {
+        return Err(refused(&format!(
+            "it has {special} special tokens, at most {SPECIAL_TOKENS_MAX} are known"
+        )));
+    }
     let pattern = file.pointer("/config/pattern").and_then(Value::as_str);
     let pattern = pattern.ok_or_else(|| refused("`config.pattern` is missing"))?;
     let entries = file.get("vocab").and_then(Value::as_array);
@@ -158,4 +165,24 @@ fn special_names(file: &Value, count: usize) -> Vec<String> {
         }
     }
     names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_of_special_tokens_that_would_take_all_memory_is_refused() {
+        let token = |rank: usize| json!({"rank": rank, "token_bytes": base64::encode(&[rank as u8])});
+        let vocab: Vec<Value> = (0..256).map(token).collect();
+        let file = |special: u64| {
+            let config = json!({
+                "pattern": ".", "default_vocab_size": special + 256, "default_num_special_tokens": special,
+            });
+            json!({"config": config, "vocab": vocab}).to_string().into_bytes()
+        };
+        assert!(from_tekken(&file(1_000)).is_ok());
+        assert!(from_tekken(&file(1 << 17)).is_err());
+        assert!(from_tekken(&file(u64::MAX - 256)).is_err());
+    }
 }

@@ -270,6 +270,53 @@ fn value(text: &str) -> Option<(Value, &str)> {
     Some((value, text.get(values.byte_offset()..)?))
 }
 
+/// What a model writes, in pieces of so many letters as the first byte says; as fuzz targets see it.
+pub(crate) fn untrusted(bytes: &[u8]) {
+    let Some((size, text)) = bytes.split_first() else {
+        return;
+    };
+    let Ok(text) = std::str::from_utf8(text) else { return };
+    let offered = |name: &str| Offered {
+        name: name.to_owned(),
+        texts: vec!["town".to_owned()],
+    };
+    let mut calls = Calls::of(vec![offered("tide"), offered("tide_table")]);
+    let letters: Vec<char> = text.chars().collect();
+    let mut words = String::new();
+    for piece in letters.chunks(usize::from(*size).max(1)) {
+        words.push_str(&calls.push(&piece.iter().collect::<String>()));
+    }
+    let (rest, found) = calls.finish();
+    words.push_str(&rest);
+    assert!(text.starts_with(&words), "words are given out once, and in order");
+    assert!(
+        !found.is_empty() || words == text,
+        "nothing is lost unless it became a call"
+    );
+    for call in found {
+        assert!(calls.knows(&call.name), "only what was offered is called");
+        let _ = call.value();
+    }
+}
+
+/// Where its fuzzing begins.
+pub(crate) fn honest() -> Vec<Vec<u8>> {
+    let answers = [
+        "Let me see.\n<tool_call>\n{\"name\": \"tide\", \"arguments\": {\"town\": \"Delfzijl\"}}\n</tool_call>",
+        "[TOOL_CALLS] [{\"name\": \"tide\", \"arguments\": {}}]",
+        "[TOOL_CALLS]tide[ARGS]{\"town\": \"Delfzijl\"}[TOOL_CALLS]tide_table[ARGS]{}",
+        "{\"name\": \"tide\", \"parameters\": {}}; {\"name\": \"tide_table\"}",
+        "<|tools_prefix|>[{\"tide\": {\"town\": \"Delfzijl\"}}]<|tools_suffix|>",
+        "{\"name\": \"tide\", \"arguments\": \"{\\\"town\\\": 1}\"}",
+        "<tool_call>\n<function=tide>\n<parameter=town>\nDelfzijl\n</parameter>\n</function>\n</tool_call>",
+        "[tide(town='Delfzijl', days=[1, 2]), tide_table()]",
+    ];
+    answers
+        .iter()
+        .map(|answer| [&[3], answer.as_bytes()].concat())
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,7 +3,7 @@
 
 mod answer;
 mod call_forms;
-mod calls;
+pub(crate) mod calls;
 mod failure;
 mod log_probabilities;
 mod metrics;

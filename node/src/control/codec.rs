@@ -73,6 +73,43 @@ async fn write<M: Message>(io: &mut (impl AsyncWrite + Unpin + Send), message: &
     io.close().await
 }
 
+/// A request, then an answer, as they come on streams; as fuzz targets see them.
+pub(super) fn untrusted(bytes: &[u8]) {
+    let mut stream = futures::io::Cursor::new(bytes);
+    if let Ok(request) = futures::executor::block_on(read::<Request>(&mut stream)) {
+        again(&request);
+    }
+    stream.set_position(0);
+    if let Ok(reply) = futures::executor::block_on(read::<Reply>(&mut stream)) {
+        again(&reply);
+    }
+}
+
+/// What was read is written and read alike.
+fn again<M: Message + PartialEq>(message: &M) {
+    let mut stream = futures::io::Cursor::new(Vec::new());
+    futures::executor::block_on(write(&mut stream, message)).expect("memory takes it");
+    stream.set_position(0);
+    let read = futures::executor::block_on(read::<M>(&mut stream));
+    assert!(read.is_ok_and(|read| read == *message));
+}
+
+/// Where its fuzzing begins.
+pub(super) fn honest() -> Vec<Vec<u8>> {
+    let request = Request {
+        service: wire::Service::Directory,
+        body: vec![3; 20],
+    };
+    let framed = |message: Vec<u8>| {
+        let length = u32::try_from(message.len()).unwrap_or_default().to_le_bytes();
+        [length.as_slice(), message.as_slice()].concat()
+    };
+    vec![
+        framed(wire::encode(&request)),
+        framed(wire::encode(&Reply::Done(vec![9; 9]))),
+    ]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -21,6 +21,7 @@ mod table;
 mod tests;
 mod transport;
 mod turnstile;
+pub(crate) mod untrusted;
 mod ways;
 
 use std::net::SocketAddr;

@@ -14,7 +14,7 @@ use libp2p::core::transport::{DialOpts, ListenerId, TransportError, TransportEve
 use libp2p::multiaddr::Protocol;
 use libp2p::{Multiaddr, Transport, tcp};
 use thiserror::Error;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::address::is_public;
@@ -116,28 +116,53 @@ impl Proxy {
         }
         request.push_str("\r\n");
         stream.write_all(request.as_bytes()).await?;
+        match self.answer(&mut stream).await? {
+            200..=299 => Ok(stream),
+            code => Err(io::Error::new(
+                io::ErrorKind::ConnectionRefused,
+                format!("{self} refuses {target} with status {code}"),
+            )),
+        }
+    }
+
+    /// The status of the proxy's answer. What follows its head is left in the stream.
+    async fn answer(&self, stream: &mut (impl AsyncRead + Unpin)) -> io::Result<u16> {
+        let wrong = |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("{self} {what}"));
         // Byte by byte: what follows the head already belongs to the peer behind the proxy.
         let mut head = Vec::with_capacity(128);
         while !head.ends_with(b"\r\n\r\n") {
             if head.len() >= PROXY_ANSWER_BYTES_MAX {
-                return Err(io::Error::new(
-                    io::ErrorKind::InvalidData,
-                    format!("{self} answers at length"),
-                ));
+                return Err(wrong("answers at length"));
             }
             head.push(stream.read_u8().await?);
         }
-        match status(&head) {
-            Some(200..=299) => Ok(stream),
-            Some(code) => Err(io::Error::new(
-                io::ErrorKind::ConnectionRefused,
-                format!("{self} refuses {target} with status {code}"),
-            )),
-            None => Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                format!("{self} does not speak HTTP"),
-            )),
-        }
+        status(&head).ok_or_else(|| wrong("does not speak HTTP"))
+    }
+}
+
+/// The name of a proxy, then what it answers, with the end of a line between; as fuzz targets see them.
+pub(super) fn untrusted_proxy(bytes: &[u8]) {
+    let (name, mut answer) = match bytes.iter().position(|byte| *byte == b'\n') {
+        Some(end) => (
+            bytes.get(..end).unwrap_or_default(),
+            bytes.get(end + 1..).unwrap_or_default(),
+        ),
+        None => (bytes, &[][..]),
+    };
+    let named = std::str::from_utf8(name).ok().and_then(|name| name.parse().ok());
+    let proxy: Proxy = named.unwrap_or_else(|| Proxy {
+        host: "proxy.example.org".to_owned(),
+        port: 3128,
+        authorization: None,
+    });
+    assert_eq!(
+        proxy.to_string().parse::<Proxy>().map(|again| again.port),
+        Ok(proxy.port)
+    );
+    let whole = answer;
+    if futures::executor::block_on(proxy.answer(&mut answer)).is_ok() {
+        let head = whole.len() - answer.len();
+        assert!(head <= PROXY_ANSWER_BYTES_MAX, "a head has an end");
     }
 }
 

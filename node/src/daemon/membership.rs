@@ -164,6 +164,26 @@ fn take(members: &Members, body: &[u8]) -> bool {
     changed
 }
 
+/// News, as fuzz targets see them.
+pub(super) fn untrusted_news(bytes: &[u8]) {
+    use polder_protocol::charter::{Charters, Membership};
+
+    let Ok((charters, lists)) = postcard::from_bytes::<News>(bytes) else {
+        return;
+    };
+    let again = postcard::to_allocvec(&(&charters, &lists)).expect("bytes and lists of bytes");
+    assert_eq!(
+        postcard::from_bytes::<News>(&again).as_ref(),
+        Ok(&(charters.clone(), lists.clone()))
+    );
+    if let Ok(charters) = Charters::from_bytes(&charters) {
+        let mut membership = Membership::new(charters);
+        for list in lists {
+            let _ = membership.revoke(list);
+        }
+    }
+}
+
 /// Tells `to` what this node knows of the membership, on a task that ends when it has heard.
 fn tell(members: &Members, control: &ControlHandle, to: NodeId) -> JoinHandle<()> {
     let news: News = (members.charters().to_bytes(), members.revocations());

@@ -7,6 +7,7 @@ mod keep;
 mod packet;
 mod question;
 mod router;
+pub(crate) mod untrusted;
 mod upnp;
 
 use std::net::{Ipv4Addr, SocketAddr};

@@ -96,7 +96,7 @@ fn default_router() -> Option<Ipv4Addr> {
 }
 
 /// Of `/proc/net/route`: interface, destination, router, flags, …, metric, with addresses as the machine holds them.
-fn of_linux(table: &str) -> Option<Ipv4Addr> {
+pub(super) fn of_linux(table: &str) -> Option<Ipv4Addr> {
     const UP_WITH_ROUTER: u32 = 3;
     let routes = table.lines().skip(1).filter_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
@@ -111,7 +111,7 @@ fn of_linux(table: &str) -> Option<Ipv4Addr> {
 }
 
 /// Of `route -n get default` on the BSDs and macOS, or of `route print` on Windows.
-fn of_a_command(text: &str) -> Option<Ipv4Addr> {
+pub(super) fn of_a_command(text: &str) -> Option<Ipv4Addr> {
     text.lines().find_map(|line| {
         let words: Vec<&str> = line.split_whitespace().collect();
         match words.as_slice() {
