@@ -7,6 +7,9 @@
 
 The test writes `NAME.gguf` and `NAME.json` (ids, and our logits of every position) of a tiny model of each family. Each
 is loaded in a process of its own, since llama.cpp ends it where a file displeases it. Weights and caches are in F32.
+
+`POLDER_GGUF_FILES` adds published files. Where they are packed, both round activations, each in its own way: then only
+widened files (F32) tell whether a model is understood.
 """
 
 import ctypes
