@@ -18,7 +18,7 @@ use crate::model::Config;
 /// A stage's weights and its sessions' caches.
 #[derive(Debug)]
 pub(super) enum Engine {
-    Cpu(cpu::Engine, Sessions<cpu::Sequence>),
+    Cpu(Box<cpu::Engine>, Sessions<cpu::Sequence>),
     #[cfg(feature = "gpu")]
     Packed(Box<packed::Engine>, Sessions<packed::Sequence>),
     Tensors(Box<tensors::Engine>, BTreeMap<u64, tensors::Sequence>),
@@ -54,7 +54,7 @@ impl Engine {
         }
         let engine = cpu::Engine::new(config.clone(), range, read);
         let sessions = Sessions::new(engine.pool(), engine.state_bytes());
-        Ok(Self::Cpu(engine, sessions))
+        Ok(Self::Cpu(Box::new(engine), sessions))
     }
 
     /// Bytes that the weights take.
