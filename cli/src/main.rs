@@ -11,6 +11,7 @@ mod failure;
 mod hub;
 mod institutions;
 mod interrupts;
+mod lines;
 mod pages;
 
 use std::io::IsTerminal;

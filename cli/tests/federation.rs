@@ -95,6 +95,10 @@ fn a_node_is_certified_by_hand_and_revoked() {
     assert_eq!(taken["capabilities"], "serve,query");
     assert_eq!(json(&gateway, &["institution", "revoke", &id])["epoch"], 1);
     assert_eq!(json(&gateway, &["institution", "revoke", &id])["epoch"], 2);
+    let again = run(&gateway, &["institution", "certify", &id, "--to", file]);
+    assert_eq!(again.status.code(), Some(1));
+    let error = String::from_utf8_lossy(&again.stderr).into_owned();
+    assert!(error.contains("is revoked") && error.contains("hint:"), "{error}");
 
     let thief = folder.path().join("c");
     let refused = run(&thief, &["institution", "accept", file]);

@@ -1,8 +1,7 @@
 //! `polder chat`: questions and answers in turn, remembered until the end.
 
-use std::io::{BufRead, IsTerminal};
+use std::io::IsTerminal;
 use std::path::Path;
-use std::thread;
 
 use anyhow::{Context as _, anyhow, ensure};
 use serde_json::Value;
@@ -12,6 +11,7 @@ use crate::answers::{Choosing, Piece, ask, message, shown, who_answered};
 use crate::client::Client;
 use crate::context::{Context, note, printable, write_all};
 use crate::failure::hinted;
+use crate::lines::{Line, Lines};
 
 /// Pieces of an answer that wait to be printed.
 const PIECES_MAX: usize = 64;
@@ -50,23 +50,29 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
 
 async fn talk(client: Client, home: &Path, arguments: Arguments) -> anyhow::Result<()> {
     write_all("Ctrl-C stops an answer, Ctrl-D leaves.\n")?;
-    let mut lines = lines();
+    let mut lines = Lines::after("> ")?;
     let mut unanswered = 0;
     let mut messages: Vec<Value> = arguments.system.iter().map(|text| message("system", text)).collect();
     loop {
-        write_all("> ")?;
         let line = tokio::select! {
-            line = lines.recv() => line,
-            _ = tokio::signal::ctrl_c() => None,
+            line = lines.next() => line,
+            _ = tokio::signal::ctrl_c() => Line::End,
         };
-        let Some(line) = line else {
-            write_all("\n")?;
-            // A person has seen it; a script looks at the exit code.
-            ensure!(
-                unanswered == 0 || std::io::stdin().is_terminal(),
-                "{unanswered} questions were not answered"
-            );
-            return Ok(());
+        let line = match line {
+            Line::Text(text) => text,
+            Line::Dropped => {
+                write_all("(Ctrl-D leaves)\n")?;
+                continue;
+            }
+            Line::End => {
+                write_all("\n")?;
+                // A person has seen it; a script looks at the exit code.
+                ensure!(
+                    unanswered == 0 || std::io::stdin().is_terminal(),
+                    "{unanswered} questions were not answered"
+                );
+                return Ok(());
+            }
         };
         if line.trim().is_empty() {
             continue;
@@ -124,22 +130,4 @@ async fn answer(client: &Client, home: &Path, arguments: &Arguments, messages: &
     }
     write_all("\n")?;
     Ok(all)
-}
-
-/// Lines of standard input, from a thread of their own: reading cannot be interrupted.
-fn lines() -> mpsc::Receiver<String> {
-    let (sender, lines) = mpsc::channel(1);
-    thread::spawn(move || {
-        let mut input = std::io::stdin().lock();
-        let mut line = Vec::new();
-        // A terminal that takes back half a character leaves bytes that are no text; the conversation does not end of it.
-        while input.read_until(b'\n', &mut line).is_ok_and(|bytes| bytes > 0) {
-            let text = String::from_utf8_lossy(&line).trim_end_matches(['\r', '\n']).to_owned();
-            if sender.blocking_send(text).is_err() {
-                return;
-            }
-            line.clear();
-        }
-    });
-    lines
 }

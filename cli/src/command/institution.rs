@@ -9,6 +9,7 @@ use polder_node::enrol::{self, CERTIFICATE_SECONDS, certify};
 use polder_node::home::{Home, write_whole};
 use polder_protocol::charter::{Capabilities, Charters, Membership};
 use polder_protocol::hash::NodeId;
+use polder_protocol::identity::KeyPair;
 use serde::Serialize;
 
 use crate::context::Context;
@@ -90,6 +91,7 @@ pub(crate) fn run(context: &Context, arguments: Arguments) -> anyhow::Result<()>
         } => {
             let charters = charters(&home)?;
             let own = acting(&home, charters.current(), institution.as_deref())?;
+            refuse_revoked(&home, &charters, &own.key, node)?;
             let ours = node == home.node_key()?.node();
             if !ours && to.is_none() {
                 return Err(hinted(
@@ -171,6 +173,23 @@ fn revoke(context: &Context, home: &Home, node: NodeId, institution: Option<&str
         institution: own.name,
         epoch,
     })
+}
+
+/// Nobody would heed such a certificate.
+fn refuse_revoked(home: &Home, charters: &Charters, institution: &KeyPair, node: NodeId) -> anyhow::Result<()> {
+    let mut membership = Membership::new(charters.clone());
+    for kept in home.revocations()? {
+        // A list that does not hold under the present charter revokes nobody.
+        let _ = membership.revoke(kept);
+    }
+    let list = membership.revocation(institution.institution());
+    if list.is_some_and(|list| list.nodes.contains(&node)) {
+        return Err(hinted(
+            anyhow!("node {node} is revoked, and stays so"),
+            "if whoever runs it is to come back, let them join under a new key: another `--home`, and an invite",
+        ));
+    }
+    Ok(())
 }
 
 fn charters(home: &Home) -> anyhow::Result<Charters> {

@@ -169,6 +169,11 @@ fn detach(context: &Context, arguments: &Arguments) -> anyhow::Result<()> {
     }
     std::fs::create_dir_all(context.home()).with_context(|| format!("cannot make {}", context.home().display()))?;
     let path: PathBuf = context.home().join("node.log");
+    // What the node said before it ended, or was ended, is what one looks for after a new start.
+    let earlier = path.with_extension("log.old");
+    if path.metadata().is_ok_and(|log| log.len() > 0) {
+        std::fs::rename(&path, &earlier).with_context(|| format!("cannot make {}", earlier.display()))?;
+    }
     let log = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
     let program = std::env::current_exe().context("cannot tell where this program lies")?;
     let mut command = Command::new(program);

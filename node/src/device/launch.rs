@@ -94,13 +94,18 @@ const DEVICE_VARIABLE: &str = "POLDER_WORKER_DEVICE";
 
 impl Launch for Process {
     fn launch(&self) -> io::Result<Launched> {
-        let mut child = Command::new(&self.program)
+        let mut command = Command::new(&self.program);
+        command
             .args(&self.arguments)
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            .kill_on_drop(true)
+            .kill_on_drop(true);
+        // Ctrl-C is for the node, which lets the worker finish what is under way.
+        #[cfg(unix)]
+        command.process_group(0);
+        let mut child = command
             .spawn()
             .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", self.program.display())))?;
         let missing = || io::Error::other("the system gave the worker no pipes");

@@ -4,6 +4,7 @@
 //! panics are caught, and each value proves itself.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,6 +23,9 @@ const BEGUN: &[u8] = b"begun";
 
 /// A node's whole index is a few megabytes, and the memory belongs to models.
 const CACHE_BYTES: u64 = 16 << 20;
+
+/// What sled writes at once: its default.
+const SEGMENT_BYTES: usize = 512 << 10;
 
 /// An index in a folder of its own.
 #[derive(Debug)]
@@ -75,6 +79,12 @@ impl DiskStore {
             Err(Failure::Damaged(reason)) => reason,
             Err(failure) => return Err(named(failure, "open", path)),
         };
+        // A write that found no room makes sled panic too, and what it meets is no damage.
+        find_room(path).map_err(|source| StoreError::Disk {
+            what: "write",
+            path: path.to_path_buf(),
+            source,
+        })?;
         let aside = set_aside(path).map_err(|source| StoreError::Disk {
             what: "set aside",
             path: path.to_path_buf(),
@@ -204,7 +214,7 @@ fn caught<T>(work: impl FnOnce() -> sled::Result<T>) -> Result<T, Failure> {
 }
 
 fn failure_of(error: std::io::Error) -> Failure {
-    use std::io::ErrorKind::{InvalidData, InvalidInput, UnexpectedEof};
+    use ErrorKind::{InvalidData, InvalidInput, UnexpectedEof};
     let text = error.to_string();
     // sled has no error of its own for this; the text is that of its `Config::open_file`.
     if text.contains("could not acquire lock") {
@@ -223,6 +233,18 @@ fn named(failure: Failure, what: &'static str, path: &Path) -> StoreError {
         Failure::InUse => StoreError::InUse { path },
         Failure::Io(source) => StoreError::Disk { what, path, source },
         Failure::Damaged(reason) => StoreError::Damaged { path, reason },
+    }
+}
+
+/// Fails where the disk has no room for as much as sled writes at once.
+fn find_room(path: &Path) -> std::io::Result<()> {
+    let file = path.join("room");
+    let written = fs::write(&file, vec![0; SEGMENT_BYTES]);
+    // It is only in the way, and the next try writes it again.
+    let _ = fs::remove_file(&file);
+    match written {
+        Err(error) if matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => Err(error),
+        _ => Ok(()),
     }
 }
 
