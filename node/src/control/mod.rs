@@ -24,7 +24,7 @@ mod turnstile;
 pub(crate) mod untrusted;
 mod ways;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -237,6 +237,11 @@ pub enum PeerEvent {
         node: NodeId,
         /// Why, for people.
         reason: String,
+    },
+    /// This machine has lost addresses; what went out from them is dead.
+    Moved {
+        /// Those that it no longer has.
+        lost: Vec<IpAddr>,
     },
     /// A peer was turned away.
     Refused {

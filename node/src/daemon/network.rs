@@ -22,13 +22,15 @@ impl AddressBook for LateBook {
     }
 }
 
-/// Ends data connections to members that the control plane knows to be gone, so that nobody waits for them.
+/// Ends data connections to members that the control plane knows to be gone, and those from addresses that this machine has
+/// lost, so that nobody waits for them.
 pub(super) fn hang_up_on_the_lost(control: &ControlHandle, data: &DataPlane) {
     let (mut events, data) = (control.events(), data.clone());
     tokio::spawn(async move {
         loop {
             match events.recv().await {
                 Ok(PeerEvent::Left { node, .. }) => data.hang_up(node),
+                Ok(PeerEvent::Moved { lost }) => data.leave(&lost),
                 Ok(_) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
                 Err(tokio::sync::broadcast::error::RecvError::Closed) => return,
             }

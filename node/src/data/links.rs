@@ -106,6 +106,7 @@ pub(super) struct Links {
     // Held while dialling, so that callers who want the same link wait for one dial.
     dialling: Mutex<BTreeMap<Key, Dialling>>,
     punched: Mutex<BTreeMap<NodeId, Instant>>,
+    moves: Mutex<BTreeMap<NodeId, u64>>,
 }
 
 impl Links {
@@ -169,6 +170,18 @@ impl Links {
                 standing.remove(&key);
             }
         }
+    }
+
+    /// This machine has lost the address that a connection with `peer` went out from.
+    pub(super) fn note_move(&self, peer: NodeId) {
+        let mut moves = self.moves.lock().unwrap_or_else(PoisonError::into_inner);
+        *moves.entry(peer).or_default() += 1;
+    }
+
+    /// How often. To the peer each is as a restart: it closes what led to the old address.
+    pub(super) fn moves(&self, peer: NodeId) -> u64 {
+        let moves = self.moves.lock().unwrap_or_else(PoisonError::into_inner);
+        moves.get(&peer).copied().unwrap_or_default()
     }
 
     /// The lock that a dialler of this link holds.

@@ -13,6 +13,7 @@ mod frames;
 mod greeting;
 mod knock;
 mod links;
+mod moved;
 mod plane;
 mod report;
 mod roads;

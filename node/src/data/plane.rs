@@ -410,7 +410,12 @@ impl DataPlane {
     }
 
     /// The standing link, or a new one.
-    async fn link(&self, peer: NodeId, class: Class, addresses: &[SocketAddr]) -> Result<Arc<Link>, DataError> {
+    pub(super) async fn link(
+        &self,
+        peer: NodeId,
+        class: Class,
+        addresses: &[SocketAddr],
+    ) -> Result<Arc<Link>, DataError> {
         if peer == self.node() {
             return Err(DataError::Ourselves { peer });
         }
@@ -542,7 +547,7 @@ impl DataPlane {
         let (send, receive) = connection.open_bi().await.map_err(|error| lost(peer, &error))?;
         let mut sender = FrameSender::new(send, peer, counter.clone());
         let mut receiver = self.receiver(receive, peer, counter);
-        greeting::show(&mut sender, &*self.inner.gate, self.greeting(class, &connection)).await?;
+        greeting::show(&mut sender, &*self.inner.gate, self.greeting(peer, class, &connection)).await?;
         let greeted = greeting::check(&connection, &mut receiver, &*self.inner.gate, peer).await?;
         Ok(self.admit(connection, class, greeted))
     }
@@ -601,7 +606,7 @@ impl DataPlane {
         let class = greeted.greeting.class;
         welcome(&connection, class);
         let mut sender = FrameSender::new(send, peer, counter);
-        greeting::show(&mut sender, &*self.inner.gate, self.greeting(class, &connection)).await?;
+        greeting::show(&mut sender, &*self.inner.gate, self.greeting(peer, class, &connection)).await?;
         sender.finish();
         self.admit(connection, class, greeted);
         Ok(())
@@ -611,10 +616,10 @@ impl DataPlane {
         FrameReceiver::new(stream, peer, counter, self.inner.config.frame_stall_max)
     }
 
-    fn greeting(&self, class: Class, connection: &Connection) -> Greeting {
+    fn greeting(&self, peer: NodeId, class: Class, connection: &Connection) -> Greeting {
         Greeting {
             class,
-            instance: self.inner.instance,
+            instance: self.inner.instance.wrapping_add(self.inner.links.moves(peer)),
             you_are: {
                 let remote = connection.remote_address();
                 SocketAddr::new(remote.ip().to_canonical(), remote.port())

@@ -170,7 +170,7 @@ async fn meet(inner: Arc<Inner>, mut events: broadcast::Receiver<PeerEvent>) {
                     inner.tell();
                 }
             }
-            Ok(PeerEvent::Refused { .. } | PeerEvent::RefusedBy { .. }) => {}
+            Ok(PeerEvent::Moved { .. } | PeerEvent::Refused { .. } | PeerEvent::RefusedBy { .. }) => {}
             // Who left unnoticed expires; who came unnoticed is asked now.
             Err(broadcast::error::RecvError::Lagged(_)) => {
                 waiting.extend(inner.control.present().iter().map(|peer| peer.node));

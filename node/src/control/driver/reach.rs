@@ -15,7 +15,7 @@ use polder_protocol::hash::NodeId;
 use super::Driver;
 use crate::control::address::{ip_of, is_of_this_machine_alone, is_public, is_relayed, peer_of, readable};
 use crate::control::shared::lock;
-use crate::control::{Path, PeerRecord};
+use crate::control::{Path, PeerEvent, PeerRecord};
 
 /// Gateways at which this node holds a reservation: one may go down.
 const RELAYS_KEPT: usize = 2;
@@ -258,8 +258,12 @@ impl Driver {
             .iter()
             .map(|(node, meeting)| (*node, over_lost(meeting.local)))
             .partition(|(_, dead)| *dead);
-        if !dead.is_empty() {
+        if !lost.is_empty() {
             tracing::info!(?lost, "this machine's addresses have changed");
+            let lost = lost.iter().map(IpAddr::to_canonical).collect();
+            self.shared.tell(PeerEvent::Moved { lost });
+        }
+        if !dead.is_empty() {
             // To the others this is as a restart: they close what leads to the old address.
             self.instance = getrandom::u64().unwrap_or(self.instance.wrapping_add(1));
         }

@@ -1,7 +1,7 @@
 //! Real sockets on loopback.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -159,6 +159,34 @@ async fn whoever_waits_for_a_peer_that_is_known_to_be_gone_learns_so_at_once() {
     here.open(there.node(), Class::Act, Service::Echo, vec![])
         .await
         .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn from_another_address_both_ends_meet_anew_at_once() {
+    let town = Town::new();
+    let (here, there) = (town.node(1), town.node(2));
+    for class in [Class::Act, Class::Bulk] {
+        here.connect(there.node(), class).await.unwrap();
+    }
+    let old = |plane: &DataPlane| plane.inner.links.all();
+    let (ours, theirs) = (old(&here), old(&there));
+    there.leave(&[Ipv4Addr::new(192, 0, 2, 1).into()]);
+    assert!(
+        ours.iter()
+            .chain(&theirs)
+            .all(|link| link.connection.close_reason().is_none())
+    );
+
+    there.leave(&[Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]);
+    timeout(Duration::from_secs(5), async {
+        let closed = |link: &Arc<Link>| link.connection.close_reason().is_some();
+        while !ours.iter().all(closed) || here.links().len() < 2 || there.links().len() < 2 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .unwrap();
+    assert!(theirs.iter().all(|link| link.connection.close_reason().is_some()));
 }
 
 #[tokio::test(flavor = "multi_thread")]
