@@ -23,12 +23,14 @@ use polder_protocol::wire;
 /// When the simulated world begins.
 const BEGIN: u64 = 1_800_000_000;
 
-/// Partners that each node chooses in the mesh; with those that choose it six, the most that the control plane allows. What
-/// advertisements repair is not modelled, so fewer partners would show more losses than there are.
+/// Partners that each node chooses in the mesh; with those that choose it six, the most that the control plane allows.
 const MESH_CHOSEN: usize = 3;
 
 /// Nodes that a node is connected to: those that the control plane aims at, and as many that find it.
 const PEERS: usize = 32;
+
+/// Of them, those outside the mesh that a node has chosen; as many have chosen it.
+const OUTSIDE_CHOSEN: usize = (PEERS - 2 * MESH_CHOSEN) / 2;
 
 /// What gossipsub puts around a message: author, number, topic, key and signature, and the frame.
 const ENVELOPE_BYTES: u64 = 330;
@@ -36,8 +38,11 @@ const ENVELOPE_BYTES: u64 = 330;
 /// A message that is advertised: its id and its share of the frame.
 const ADVERTISED_BYTES: u64 = 18;
 
-/// Peers outside the mesh that hear of it, at each of three heartbeats.
+/// Peers outside the mesh that hear of it, at each heartbeat.
 const ADVERTISED_TO: usize = 4;
+
+/// Heartbeats at which a message is advertised, one a second.
+const HEARTBEATS: u64 = 3;
 
 /// A ping and its answer, with the headers of their packets, once in twenty seconds for each peer.
 const PING_BYTES_PER_SECOND: u64 = 15;
@@ -132,8 +137,8 @@ impl Report {
         let seconds = 2 * self.repeat_seconds;
         let mean = self.message_bytes / self.messages.max(1);
         let copies = self.copies * mean / self.nodes as u64 / seconds;
-        let outside = PEERS.min(self.nodes.saturating_sub(1)).saturating_sub(2 * MESH_CHOSEN);
-        let advertised = self.messages * 3 * ADVERTISED_TO.min(outside) as u64 * ADVERTISED_BYTES / seconds;
+        let outside = (2 * OUTSIDE_CHOSEN).min(self.nodes.saturating_sub(1 + 2 * MESH_CHOSEN));
+        let advertised = self.messages * HEARTBEATS * ADVERTISED_TO.min(outside) as u64 * ADVERTISED_BYTES / seconds;
         copies + advertised + PEERS.min(self.nodes.saturating_sub(1)) as u64 * PING_BYTES_PER_SECOND
     }
 
@@ -182,6 +187,8 @@ struct World {
     keys: Vec<KeyPair>,
     credentials: Vec<Vec<u8>>,
     mesh: Vec<Vec<u32>>,
+    /// Peers outside the mesh.
+    outside: Vec<Vec<u32>>,
     silent: Vec<bool>,
     random: Random,
 }
@@ -244,16 +251,8 @@ impl World {
             credentials.to_bytes()
         };
         let credentials = keys.iter().enumerate().map(certify).collect();
-        let mut mesh = vec![Vec::new(); nodes];
-        for node in 0..nodes {
-            for _ in 0..MESH_CHOSEN {
-                let other = random.below(nodes as u64) as usize;
-                if other != node && !mesh[node].contains(&(other as u32)) {
-                    mesh[node].push(other as u32);
-                    mesh[other].push(node as u32);
-                }
-            }
-        }
+        let mesh = graph(&mut random, nodes, MESH_CHOSEN);
+        let outside = graph(&mut random, nodes, OUTSIDE_CHOSEN);
         let silent = (0..nodes).map(|_| random.below(100) < silent_percent).collect();
         Self {
             federation,
@@ -261,6 +260,7 @@ impl World {
             keys,
             credentials,
             mesh,
+            outside,
             silent,
             random,
         }
@@ -288,7 +288,8 @@ impl World {
         })
     }
 
-    /// Passes a message of `from` along the mesh: everybody sends it on to all of its mesh but the one it came from.
+    /// Passes a message of `from` along the mesh: everybody sends it on to all of its mesh but the one it came from. Whoever
+    /// missed it may hear at one of the next heartbeats, from a peer outside its mesh, that there is one, and asks for it.
     fn flood(&mut self, from: usize) -> Flood {
         let mut arrived: Vec<Option<u64>> = vec![None; self.keys.len()];
         let mut flood = Flood {
@@ -299,6 +300,29 @@ impl World {
         };
         let mut queue = VecDeque::from([(from, from, 0u64)]);
         arrived[from] = Some(0);
+        for heartbeat in 0..=HEARTBEATS {
+            self.pass_on(from, &mut queue, &mut arrived, &mut flood);
+            if flood.reached == arrived.len() || heartbeat == HEARTBEATS {
+                break;
+            }
+            for (node, heard) in self.hear_of(from, &arrived, (heartbeat + 1) * 1_000) {
+                flood.copies += 1;
+                arrived[node] = Some(heard);
+                queue.push_back((node, node, heard));
+            }
+        }
+        flood.arrived = arrived;
+        flood
+    }
+
+    /// Empties the queue of those who have the message and have not passed it on: node, whom it came from, and when.
+    fn pass_on(
+        &mut self,
+        from: usize,
+        queue: &mut VecDeque<(usize, usize, u64)>,
+        arrived: &mut [Option<u64>],
+        flood: &mut Flood,
+    ) {
         while let Some((node, via, at)) = queue.pop_front() {
             flood.reached += 1;
             flood.slowest_millis = flood.slowest_millis.max(at);
@@ -318,8 +342,25 @@ impl World {
                 }
             }
         }
-        flood.arrived = arrived;
-        flood
+    }
+
+    /// Those without the message whom a peer tells at this heartbeat that there is one, and when it has come.
+    fn hear_of(&mut self, from: usize, arrived: &[Option<u64>], at: u64) -> Vec<(usize, u64)> {
+        let mut heard = Vec::new();
+        for (node, _) in arrived.iter().enumerate().filter(|(_, when)| when.is_none()) {
+            for peer in &self.outside[node] {
+                let peer = *peer as usize;
+                let tells = arrived[peer].is_some_and(|when| when < at) && (!self.silent[peer] || peer == from);
+                let told_to = self.outside[peer].len().max(1) as u64;
+                if tells && self.random.below(told_to) < ADVERTISED_TO as u64 {
+                    // It is told, asks, and is given.
+                    let hops = 3 * (HOP_MILLIS.0 + self.random.below(HOP_MILLIS.1 - HOP_MILLIS.0));
+                    heard.push((node, at + hops));
+                    break;
+                }
+            }
+        }
+        heard
     }
 
     /// A newcomer takes the pages of one observer: how many, their bytes, and how many nodes it then knows.
@@ -349,6 +390,21 @@ impl World {
         }
         (pages, bytes, newcomer.nodes().count())
     }
+}
+
+/// A random graph without direction, in which every node has chosen so many others.
+fn graph(random: &mut Random, nodes: usize, chosen: usize) -> Vec<Vec<u32>> {
+    let mut graph = vec![Vec::new(); nodes];
+    for node in 0..nodes {
+        for _ in 0..chosen {
+            let other = random.below(nodes as u64) as usize;
+            if other != node && !graph[node].contains(&(other as u32)) {
+                graph[node].push(other as u32);
+                graph[other].push(node as u32);
+            }
+        }
+    }
+    graph
 }
 
 fn key(number: u64) -> KeyPair {

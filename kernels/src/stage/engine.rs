@@ -20,7 +20,7 @@ use crate::model::Config;
 pub(super) enum Engine {
     Cpu(Box<cpu::Engine>, Sessions<cpu::Sequence>),
     #[cfg(feature = "gpu")]
-    Packed(Box<packed::Engine>, Sessions<packed::Sequence>),
+    Packed(Box<packed::Engine>, Box<Sessions<packed::Sequence>>),
     Tensors(Box<tensors::Engine>, BTreeMap<u64, tensors::Sequence>),
 }
 
@@ -44,7 +44,7 @@ impl Engine {
                     if let Some(engine) = packed::Engine::upload(&shape, &read, device)? {
                         let engine = engine.with_embedding(read.embedding.filter(|_| range.has_embedding()));
                         let sessions = Sessions::new(Pool::new(engine.pages(device)), 0);
-                        return Ok(Self::Packed(Box::new(engine), sessions));
+                        return Ok(Self::Packed(Box::new(engine), Box::new(sessions)));
                     }
                     let engine = tensors::Engine::upload(shape, range, read, device)?;
                     return Ok(Self::Tensors(Box::new(engine), BTreeMap::new()));
