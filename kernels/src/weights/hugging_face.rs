@@ -137,8 +137,9 @@ impl Settings {
         ids
     }
 
-    /// From `chat_template.jinja`, else from `tokenizer_config.json`: a text, or a list of named ones. A template named
-    /// `tool_use`, of the list or in a file of its own, is for questions with tools.
+    /// From `chat_template.jinja`, else from `tokenizer_config.json`: a text, or a list of named ones; else from
+    /// `chat_template.json`, where models that also see pictures keep it. A template named `tool_use`, of the list or in a
+    /// file of its own, is for questions with tools.
     fn chat_template(&self, folder: &Path) -> Result<Option<String>, WeightsError> {
         let read_if_there = |name: &str| {
             let path = folder.join(name);
@@ -158,6 +159,11 @@ impl Settings {
                 .and_then(Value::as_str)
                 .map(str::to_owned)
                 .or_else(|| named("default")),
+        };
+        let default = match default {
+            Some(default) => Some(default),
+            None => source::read_json_if_there(&folder.join("chat_template.json"))?
+                .and_then(|file| Some(file.get("chat_template")?.as_str()?.to_owned())),
         };
         let mut with_tools = None;
         for name in TOOL_TEMPLATES {
@@ -262,4 +268,38 @@ fn shard_paths(folder: &Path, index_path: &Path, index: &Value) -> Result<Vec<Pa
 fn folder_name(folder: &Path) -> String {
     let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
     if name.is_empty() { "model".to_owned() } else { name }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// What is read where these files lie in a folder.
+    fn template_of(files: &[(&str, &str)]) -> Option<String> {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            fs::write(folder.path().join(name), text).unwrap();
+        }
+        let settings = Settings::read(folder.path(), "{}").unwrap();
+        settings.chat_template(folder.path()).unwrap()
+    }
+
+    #[test]
+    fn a_chat_template_is_found_wherever_it_is_published() {
+        let own = ("chat_template.jinja", "own");
+        let text = ("tokenizer_config.json", r#"{"chat_template": "text"}"#);
+        let named = (
+            "tokenizer_config.json",
+            r#"{"chat_template": [{"name": "default", "template": "named"}]}"#,
+        );
+        let processors = ("chat_template.json", r#"{"chat_template": "processor's"}"#);
+        assert_eq!(template_of(&[own, text, processors]).as_deref(), Some("own"));
+        assert_eq!(template_of(&[text, processors]).as_deref(), Some("text"));
+        assert_eq!(template_of(&[named, processors]).as_deref(), Some("named"));
+        assert_eq!(template_of(&[processors]).as_deref(), Some("processor's"));
+        assert_eq!(template_of(&[("chat_template.json", "[1]")]), None);
+        assert_eq!(template_of(&[]), None);
+    }
 }
