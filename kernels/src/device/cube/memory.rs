@@ -115,7 +115,7 @@ impl Cubes {
 }
 
 impl<T> Elements<T> {
-    fn new(handle: Handle, len: usize) -> Self {
+    pub(super) fn new(handle: Handle, len: usize) -> Self {
         const { assert!(size_of::<T>() == BYTES) };
         Self {
             handle,

@@ -2,7 +2,8 @@
 //!
 //! - [`Cubes`]: the device's queue, and memory on it.
 //! - Kernels: [`Cubes::add_and_normalise`], [`Cubes::rotate`], [`Cubes::gate`], [`Cubes::append`], [`Cubes::attend`],
-//!   [`Cubes::multiply`], [`Cubes::quantise`] and [`Cubes::dequantise`], [`Cubes::encode_sparsely`], [`Cubes::adamw`].
+//!   [`Cubes::multiply`], [`Cubes::quantise`] and [`Cubes::dequantise`], [`Cubes::encode_sparsely`], [`Cubes::adamw`],
+//!   [`SquareSums`].
 //! - [`Cost`]: the bytes and operations of each, counted, to say how far one is from what a device can.
 //!
 //! Shapes are checked before anything is launched: a kernel that reads beyond its memory gives zeros or the end of the
@@ -20,6 +21,8 @@ mod packed;
 mod places;
 mod rotate;
 mod sparse;
+mod square_sums;
+mod tensors;
 
 pub use adamw::AdamWStep;
 pub use attention::AttentionShape;
@@ -28,6 +31,7 @@ pub use int8::Int8OnDevice;
 pub use memory::{CubeError, Cubes, Elements, Floats, Words};
 pub use packed::PackedOnDevice;
 pub use places::{PagedRows, Places};
+pub use square_sums::SquareSums;
 
 /// Units of a cube that share a row: a multiple of every device's plane (at most 64).
 const UNITS: u32 = 64;

@@ -1,0 +1,55 @@
+//! How much a block's graph keeps for its backward.
+
+use polder_protocol::layout::BlockRange;
+
+use crate::model::Config;
+use crate::model::describe::{LatentQuery, Mixer, Mlp, Norm, Sublayer};
+
+/// Times that a graph keeps the width of a norm: the row, its square, its scaled form and the factors.
+const NORM: usize = 4;
+/// Times that a graph keeps a perceptron's inner width: gate, up, what is between them.
+const MLP: usize = 5;
+/// Times that a graph keeps a head's width: projected, rotated in halves, scaled, laid out for the product.
+const HEAD: usize = 5;
+/// Times that a graph keeps a Mamba mixer's channels: the scan goes over pieces and keeps each.
+const MAMBA: usize = 12;
+
+/// What the largest block of `range` keeps of each row of a sequence of `seq`, in elements: an estimate, on the large
+/// side.
+pub(in crate::train) fn kept_elements(config: &Config, range: BlockRange, seq: usize) -> u64 {
+    let blocks = config.description.iter();
+    let blocks = blocks.take(range.end as usize).skip(range.first as usize);
+    let elements = blocks.map(|block| block.0.iter().map(|sublayer| kept(sublayer, seq)).sum::<usize>());
+    elements.max().unwrap_or(0) as u64
+}
+
+fn kept(sublayer: &Sublayer, seq: usize) -> usize {
+    let norms = NORM * (sublayer.norm.width + sublayer.after.as_ref().map_or(0, |after| after.width));
+    let mixer = match &sublayer.mixer {
+        Mixer::Attention(shape) => {
+            let norms = [&shape.q_norm, &shape.k_norm].map(|own: &Option<Norm>| usize::from(own.is_some()) * NORM);
+            let [q, k] = norms.map(|norm| HEAD + norm);
+            (shape.heads * q + shape.kv_heads * (k + HEAD)) * shape.head_dim + 2 * shape.heads * seq
+        }
+        Mixer::Latent(shape) => {
+            let query = match &shape.query {
+                LatentQuery::Direct(_) => 0,
+                LatentQuery::LowRank(_, norm, _) => NORM * norm.width,
+            };
+            let heads = HEAD * shape.heads * (2 * (shape.nope + shape.rope) + shape.value);
+            query + NORM * (shape.rank + shape.rope) + heads + 2 * shape.heads * seq
+        }
+        Mixer::Mlp(mlp) => of_mlp(mlp),
+        Mixer::Experts(shape) => {
+            let expert = shape.experts.iter().map(of_mlp).max().unwrap_or(0);
+            let chosen = shape.router.rule.top * (expert + 3 * sublayer.norm.width);
+            chosen + 4 * shape.experts.len() + shape.shared.as_ref().map_or(0, of_mlp)
+        }
+        Mixer::Mamba(shape) => MAMBA * (shape.inner() + shape.channels()),
+    };
+    norms + mixer
+}
+
+fn of_mlp(mlp: &Mlp) -> usize {
+    MLP * mlp.up.rows
+}
