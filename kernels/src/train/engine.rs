@@ -184,6 +184,14 @@ impl Engine {
         }
     }
 
+    /// Whether attention with heads of these widths is computed without a matrix of scores.
+    pub(super) fn attends_without_scores(&self, width: usize, value: usize) -> bool {
+        match self {
+            Self::Cpu(_) => false,
+            Self::Graph(engine) => engine.attends_without_scores(width, value),
+        }
+    }
+
     /// Brings gradients that wait on a device to the host.
     pub(super) fn bring_gradients(&mut self, model: Model<'_>, gradients: &mut GradientSums) -> Result<(), TrainError> {
         match self {
@@ -231,7 +239,7 @@ pub(super) fn blocks_that_fit(
     let rows = (u64::from(inner.batch) * u64::from(inner.seq)).saturating_mul(under_way);
     let of_row = match device.is_cpu() && cpu::covers(config) {
         true => cpu::kept_elements(config, range),
-        false => graph::kept_elements(config, range, inner.seq as usize),
+        false => graph::kept_elements(config, range, inner.seq as usize, device),
     };
     let kept = of_row.saturating_mul(4).saturating_mul(rows);
     let elements: u64 = parameters.iter().map(|part| part.len() as u64).sum();

@@ -584,7 +584,7 @@ impl TrainStage {
         self.check_tokens(&[start])?;
         let stream: Vec<u32> = core::iter::once(start).chain(tokens.iter().copied()).collect();
         let seq = seq as usize;
-        limits::check_micro_batch(&self.config, self.range, SCORE_WINDOWS, seq, self.buffer_bytes_max)?;
+        self.check_room([SCORE_WINDOWS, seq])?;
         let model = Model {
             config: &self.config,
             layout: &self.layout,
@@ -639,7 +639,7 @@ impl TrainStage {
         if rows == 0 || rows > MICRO_BATCH_TOKENS_MAX {
             return Err(shape(0));
         }
-        limits::check_micro_batch(&self.config, self.range, batch_rows, seq_rows, self.buffer_bytes_max)?;
+        self.check_room([batch_rows, seq_rows])?;
         let (first, last) = (self.range.has_embedding(), self.range.has_head(self.config.blocks));
         let (mut inputs, mut targets) = (Vec::new(), Vec::new());
         if first || last {
@@ -666,6 +666,11 @@ impl TrainStage {
             targets,
             rows,
         })
+    }
+
+    fn check_room(&self, micro_batch: [usize; 2]) -> Result<(), TrainError> {
+        let limit = self.buffer_bytes_max;
+        limits::check_micro_batch(&self.config, self.range, micro_batch, &self.engine, limit)
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<(), TrainError> {

@@ -134,6 +134,10 @@ impl<T> Elements<T> {
         self.len == 0
     }
 
+    pub(super) fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
     pub(super) fn argument(&self) -> BufferArg {
         // SAFETY: the memory was made for so many elements of four bytes.
         unsafe { BufferArg::from_raw_parts(self.handle.clone(), self.len) }

@@ -8,7 +8,7 @@ use burn::tensor::{Gradients, Tensor, TensorData};
 
 use super::stepper::Stepper;
 use super::sums::Sums;
-use super::{Leaves, Loads, Positions, blocks_of, embed, logits, losses, mean_loss, run_block};
+use super::{Attending, Leaves, Loads, Positions, blocks_of, embed, logits, losses, mean_loss, run_block};
 use crate::device::Device;
 use crate::model::describe::Slot;
 use crate::train::TrainError;
@@ -25,6 +25,8 @@ pub(in crate::train) struct Engine {
     sums: Sums,
     /// The optimiser, where it steps on the device.
     stepper: Option<Stepper>,
+    /// Our own attention, where the device runs it.
+    attending: Option<Attending>,
     /// How often each expert was chosen since the last step, where a correction balances them.
     loads: Loads,
 }
@@ -69,6 +71,7 @@ impl Engine {
             positions: None,
             sums: Sums::default(),
             stepper: None,
+            attending: Attending::new(device),
             loads: Loads::new(),
         }
     }
@@ -81,6 +84,13 @@ impl Engine {
     /// Whether AdamW steps on the device.
     pub(in crate::train) fn steps_on_device(&self) -> bool {
         self.stepper.is_some()
+    }
+
+    /// Whether attention with heads of these widths makes no matrix of scores.
+    pub(in crate::train) fn attends_without_scores(&self, width: usize, value: usize) -> bool {
+        self.attending
+            .as_ref()
+            .is_some_and(|kernels| kernels.covers(width, value))
     }
 
     pub(in crate::train) fn forward(
@@ -141,7 +151,7 @@ impl Engine {
             // Gone with the text: scoring is rare, and memory is dear.
             None => Leaves::new(model.layout, model.range, model.parameters, &device),
         };
-        let positions = Positions::new(model.config, input.seq, &device);
+        let positions = Positions::new(model.config, input.seq, &device, self.attending.as_ref());
         let tokens = input.tokens.unwrap_or_default();
         let x = embed(model.config, &leaves, tokens, &device);
         let mut x = x.ok_or(TrainError::Kind { takes: "activations" })?;
@@ -267,7 +277,8 @@ impl Engine {
 
     fn positions(&mut self, model: Model<'_>, seq: usize) -> Positions {
         let known = self.positions.take().filter(|positions| positions.seq() == seq);
-        let positions = known.unwrap_or_else(|| Positions::new(model.config, seq, &self.device));
+        let positions =
+            known.unwrap_or_else(|| Positions::new(model.config, seq, &self.device, self.attending.as_ref()));
         self.positions.insert(positions).clone()
     }
 
@@ -275,7 +286,6 @@ impl Engine {
     fn run(&mut self, model: Model<'_>, input: &Input<'_>, blocks_kept: u32) -> Result<Kept, TrainError> {
         let Held { tracked, plain } = self.held(model);
         let positions = self.positions(model, input.seq);
-        let tracked_positions = positions.tracked();
         let mut x = match input.tokens {
             Some(tokens) => {
                 let x = embed(model.config, &plain, tokens, &self.device);
@@ -290,16 +300,14 @@ impl Engine {
         let again = (model.range.end - model.range.first).saturating_sub(blocks_kept) as usize;
         let mut kept = Vec::new();
         for (index, (part, block)) in blocks_of(model.config, model.range).enumerate() {
-            if index < again {
-                kept.push(KeptBlock::Input(x.clone()));
-                x = run_block(block, (&plain, part), &positions, x, &mut self.loads)?;
-            } else {
-                let leaf = x.autodiff().require_grad();
-                let leaves = (&tracked, part);
-                let out = run_block(block, leaves, &tracked_positions, leaf.clone(), &mut self.loads)?;
-                x = out.clone().inner();
-                kept.push(KeptBlock::Graph(leaf, out));
-            }
+            // With a graph even where it is not kept: without one, some operations round otherwise.
+            let leaf = x.autodiff().require_grad();
+            let out = run_block(block, (&tracked, part), &positions, leaf.clone(), &mut self.loads)?;
+            x = out.clone().inner();
+            kept.push(match index < again {
+                true => KeptBlock::Input(leaf.inner()),
+                false => KeptBlock::Graph(leaf, out),
+            });
         }
         Ok(Kept {
             tokens: input.tokens.map(<[u32]>::to_vec),
@@ -313,7 +321,7 @@ impl Engine {
     /// input's; nothing at a stage with the embedding.
     fn back(&mut self, model: Model<'_>, kept: Kept, mut gradient: Tensor<2>) -> Result<Vec<f32>, TrainError> {
         let leaves = self.held(model).tracked;
-        let positions = self.positions(model, kept.seq).tracked();
+        let positions = self.positions(model, kept.seq);
         let blocks = blocks_of(model.config, model.range);
         let blocks: Vec<_> = blocks.zip(kept.blocks).collect();
         for ((part, block), kept) in blocks.into_iter().rev() {

@@ -2,6 +2,8 @@
 
 use polder_protocol::layout::BlockRange;
 
+use super::Attending;
+use crate::device::Device;
 use crate::model::Config;
 use crate::model::describe::{LatentQuery, Mixer, Mlp, Norm, Sublayer};
 
@@ -16,20 +18,26 @@ const MAMBA: usize = 12;
 
 /// What the largest block of `range` keeps of each row of a sequence of `seq`, in elements: an estimate, on the large
 /// side.
-pub(in crate::train) fn kept_elements(config: &Config, range: BlockRange, seq: usize) -> u64 {
+pub(in crate::train) fn kept_elements(config: &Config, range: BlockRange, seq: usize, device: &Device) -> u64 {
+    let attending = Attending::new(device);
+    let scores = |heads: usize, width: usize, value: usize| match &attending {
+        Some(kernels) if kernels.covers(width, value) => heads,
+        _ => 2 * heads * seq,
+    };
     let blocks = config.description.iter();
     let blocks = blocks.take(range.end as usize).skip(range.first as usize);
-    let elements = blocks.map(|block| block.0.iter().map(|sublayer| kept(sublayer, seq)).sum::<usize>());
+    let elements = blocks.map(|block| block.0.iter().map(|sublayer| kept(sublayer, &scores)).sum::<usize>());
     elements.max().unwrap_or(0) as u64
 }
 
-fn kept(sublayer: &Sublayer, seq: usize) -> usize {
+fn kept(sublayer: &Sublayer, scores: &impl Fn(usize, usize, usize) -> usize) -> usize {
     let norms = NORM * (sublayer.norm.width + sublayer.after.as_ref().map_or(0, |after| after.width));
     let mixer = match &sublayer.mixer {
         Mixer::Attention(shape) => {
             let norms = [&shape.q_norm, &shape.k_norm].map(|own: &Option<Norm>| usize::from(own.is_some()) * NORM);
             let [q, k] = norms.map(|norm| HEAD + norm);
-            (shape.heads * q + shape.kv_heads * (k + HEAD)) * shape.head_dim + 2 * shape.heads * seq
+            let heads = (shape.heads * q + shape.kv_heads * (k + HEAD)) * shape.head_dim;
+            heads + scores(shape.heads, shape.head_dim, shape.head_dim)
         }
         Mixer::Latent(shape) => {
             let query = match &shape.query {
@@ -37,7 +45,8 @@ fn kept(sublayer: &Sublayer, seq: usize) -> usize {
                 LatentQuery::LowRank(_, norm, _) => NORM * norm.width,
             };
             let heads = HEAD * shape.heads * (2 * (shape.nope + shape.rope) + shape.value);
-            query + NORM * (shape.rank + shape.rope) + heads + 2 * shape.heads * seq
+            let scores = scores(shape.heads, shape.nope + shape.rope, shape.value);
+            query + NORM * (shape.rank + shape.rope) + heads + scores
         }
         Mixer::Mlp(mlp) => of_mlp(mlp),
         Mixer::Experts(shape) => {

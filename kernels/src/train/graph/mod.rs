@@ -1,5 +1,7 @@
 //! The forward pass of consecutive blocks in tensors, on any device, with a graph where gradients are wanted.
 
+#[cfg_attr(not(feature = "gpu"), path = "no_attending.rs")]
+mod attending;
 mod attention;
 mod engine;
 mod experts;
@@ -24,6 +26,7 @@ use super::goldfish::LEFT_OUT;
 use crate::model::Config;
 use crate::model::describe::{Block, Linear, Mixer, Norm, Slot};
 
+pub(super) use attending::Attending;
 pub(super) use engine::{Engine, Kept};
 pub(super) use footprint::kept_elements;
 use leaves::{Leaves, Part};
@@ -54,7 +57,7 @@ fn run_block(
     for sublayer in &block.0 {
         let normed = norm(part, &sublayer.norm, x.clone());
         let mut out = match &sublayer.mixer {
-            Mixer::Attention(shape) => attention::grouped(part, shape, positions, &normed),
+            Mixer::Attention(shape) => attention::grouped(part, shape, positions, &normed)?,
             Mixer::Latent(shape) => latent::latent(part, shape, positions, &normed)?,
             Mixer::Mlp(mlp) => mlp::mlp(part, mlp, &normed),
             Mixer::Experts(shape) => {
