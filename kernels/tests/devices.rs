@@ -232,6 +232,50 @@ fn repeats_and_graphs_made_again_have_the_same_bits() {
     });
 }
 
+/// What stays on the device between a forward and its backward, and that it is gone afterwards.
+#[cfg(feature = "gpu")]
+#[test]
+fn blocks_that_keep_their_input_alone_hold_less_of_the_device() {
+    use polder_kernels::device::cube::Cubes;
+
+    let _turn = turn();
+    let Some(device) = graphics_device() else { return };
+    let cubes = Cubes::of(device).unwrap();
+    let golden = Golden::open("llama_rope_llama3");
+    let held = |seq: u32, blocks_kept| {
+        let mut stage = train(&golden, BlockRange { first: 0, end: 2 }, device);
+        stage.set_blocks_kept(blocks_kept);
+        let tokens: Vec<u32> = (0..=seq).map(|i| i % 500).collect();
+        let input = TrainInput {
+            tokens: &tokens,
+            hidden: &[],
+            batch: 1,
+            seq,
+        };
+        let run = |stage: &mut TrainStage| match stage.forward(0, input).unwrap() {
+            TrainOutput::Hidden(sent) => sent,
+            TrainOutput::Loss { .. } => panic!("no head"),
+        };
+        // Parameters, rotations and sums of gradients are there after the first.
+        let sent = run(&mut stage);
+        stage.backward(0, &sent).unwrap();
+        let before = cubes.bytes_in_use();
+        let sent = run(&mut stage);
+        let kept = cubes.bytes_in_use() - before;
+        stage.backward(0, &sent).unwrap();
+        let after = cubes.bytes_in_use();
+        assert!(after <= before + before / 20, "{after} {before}");
+        kept
+    };
+    for seq in [64, 256] {
+        let [all, one, none] = [u32::MAX, 1, 0].map(|blocks_kept| held(seq, blocks_kept));
+        println!("{seq} positions: {all} bytes with both graphs, {one} with one, {none} with none");
+        assert!(none < one && one < all && none < all / 4);
+        // Nothing grows with the square of the length.
+        assert!(seq == 64 || all < 5 * held(64, u32::MAX));
+    }
+}
+
 #[test]
 fn losses_and_gradients_of_other_families_are_those_of_pytorch() {
     on_every_device(|device| {

@@ -3,6 +3,7 @@
 use std::marker::PhantomData;
 
 use bytemuck::{Pod, cast_slice, try_cast_slice};
+use cubecl::MemoryScope;
 use cubecl::client::Client;
 use cubecl::prelude::{BufferArg, CubeCount, CubeDim};
 use cubecl::server::Handle;
@@ -107,6 +108,11 @@ impl Cubes {
             true => Ok(values),
             false => Err(failed(format!("it gave {} of {len} elements", values.len()))),
         }
+    }
+
+    /// Bytes of the device's memory that are in use now, by tensors and by kernels of ours.
+    pub fn bytes_in_use(&self) -> u64 {
+        self.client.memory_report(MemoryScope::Device).usage().bytes_in_use
     }
 
     pub(super) fn client(&self) -> &Client {

@@ -1,11 +1,10 @@
 //! Attention: each key-value head meets the queries of its whole group in one product.
 
 use burn::tensor::Tensor;
-use burn::tensor::activation::softmax;
 
 use super::leaves::Part;
 use super::positions::Positions;
-use super::{linear, norm};
+use super::{linear, norm, softmax};
 use crate::model::describe::{Attention, Norm};
 use crate::train::TrainError;
 
@@ -68,7 +67,7 @@ pub(super) fn attend(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f32, mask:
         .reshape([batch, kv_heads, group * seq, width]);
     let k = k.permute([0, 2, 3, 1]);
     let v = v.permute([0, 2, 1, 3]);
-    let shares = softmax(q.matmul(k) + mask, 3);
+    let shares = softmax(q.matmul(k) + mask);
     shares
         .matmul(v)
         .reshape([batch, kv_heads, group, seq, value])

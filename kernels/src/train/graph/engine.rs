@@ -1,8 +1,8 @@
 //! A stage as graphs of tensors, one for each block, on any device.
 //!
 //! Parameters, the sums of gradients and, where the optimiser steps on the device, its moments stay there. Blocks that do
-//! not keep their graph keep their input, and make the graph again when its turn comes: since each block has a graph of
-//! its own either way, there is not a bit of difference.
+//! not keep their graph keep their input, and make the graph when its turn comes: since each block has a graph of its own
+//! either way, and no operation that rounds otherwise without one, there is not a bit of difference.
 
 use burn::tensor::{Gradients, Tensor, TensorData};
 
@@ -286,6 +286,7 @@ impl Engine {
     fn run(&mut self, model: Model<'_>, input: &Input<'_>, blocks_kept: u32) -> Result<Kept, TrainError> {
         let Held { tracked, plain } = self.held(model);
         let positions = self.positions(model, input.seq);
+        let in_graphs = positions.tracked();
         let mut x = match input.tokens {
             Some(tokens) => {
                 let x = embed(model.config, &plain, tokens, &self.device);
@@ -300,14 +301,15 @@ impl Engine {
         let again = (model.range.end - model.range.first).saturating_sub(blocks_kept) as usize;
         let mut kept = Vec::new();
         for (index, (part, block)) in blocks_of(model.config, model.range).enumerate() {
-            // With a graph even where it is not kept: without one, some operations round otherwise.
+            if index < again {
+                kept.push(KeptBlock::Input(x.clone()));
+                x = run_block(block, (&plain, part), &positions, x, &mut self.loads)?;
+                continue;
+            }
             let leaf = x.autodiff().require_grad();
-            let out = run_block(block, (&tracked, part), &positions, leaf.clone(), &mut self.loads)?;
+            let out = run_block(block, (&tracked, part), &in_graphs, leaf.clone(), &mut self.loads)?;
             x = out.clone().inner();
-            kept.push(match index < again {
-                true => KeptBlock::Input(leaf.inner()),
-                false => KeptBlock::Graph(leaf, out),
-            });
+            kept.push(KeptBlock::Graph(leaf, out));
         }
         Ok(Kept {
             tokens: input.tokens.map(<[u32]>::to_vec),
@@ -321,7 +323,7 @@ impl Engine {
     /// input's; nothing at a stage with the embedding.
     fn back(&mut self, model: Model<'_>, kept: Kept, mut gradient: Tensor<2>) -> Result<Vec<f32>, TrainError> {
         let leaves = self.held(model).tracked;
-        let positions = self.positions(model, kept.seq);
+        let positions = self.positions(model, kept.seq).tracked();
         let blocks = blocks_of(model.config, model.range);
         let blocks: Vec<_> = blocks.zip(kept.blocks).collect();
         for ((part, block), kept) in blocks.into_iter().rev() {

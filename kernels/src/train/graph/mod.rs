@@ -177,6 +177,14 @@ fn softplus<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     x.clone().clamp_min(0.0) + x.abs().neg().exp().log1p()
 }
 
+/// Shares along the last axis. Written out, because burn's own rounds otherwise in a graph than without one.
+fn softmax<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    let largest = x.clone().detach().max_dim(D - 1);
+    let shares = (x - largest).exp();
+    let sum = shares.clone().sum_dim(D - 1);
+    shares / sum
+}
+
 /// The values on the host.
 fn host<const D: usize>(x: &Tensor<D>) -> Result<Vec<f32>, TrainError> {
     super::checks::numbers(x.clone().detach())

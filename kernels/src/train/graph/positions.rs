@@ -74,6 +74,22 @@ impl Positions {
         positions
     }
 
+    /// The same memory, for a graph.
+    pub(in crate::train) fn tracked(&self) -> Self {
+        let mut tracked = self.clone();
+        for turns in &mut tracked.turns {
+            turns.cosines = turns.cosines.clone().autodiff();
+            turns.sines = turns.sines.clone().autodiff();
+        }
+        for (_, mask) in &mut tracked.masks {
+            *mask = mask.clone().autodiff();
+        }
+        for (_, factors) in &mut tracked.query_scales {
+            *factors = factors.clone().autodiff();
+        }
+        tracked
+    }
+
     /// The length.
     pub(in crate::train) const fn seq(&self) -> usize {
         self.seq
