@@ -76,7 +76,7 @@ impl Engine {
         }
     }
 
-    /// Lets AdamW step on the device, where the device can do that and has room for moments of `elements`.
+    /// Lets AdamW step on the device, where the device can do that and has room for the moments of `elements`.
     pub(in crate::train) fn step_on_device(&mut self, device: &Device, elements: u64) {
         self.stepper = Stepper::new(device, elements);
     }

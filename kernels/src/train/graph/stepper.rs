@@ -16,7 +16,7 @@ pub(super) struct Stepper {
 }
 
 impl Stepper {
-    /// Where the device runs our kernels, and has room for two moments and a gradient of each of `elements`.
+    /// Where the device runs our kernels, and has room for each of `elements`, a gradient and two moments.
     pub(super) fn new(device: &Device, elements: u64) -> Option<Self> {
         let cubes = match Cubes::of(device) {
             Ok(cubes) => cubes,
@@ -25,7 +25,7 @@ impl Stepper {
                 return None;
             }
         };
-        let bytes = elements.saturating_mul(12);
+        let bytes = elements.saturating_mul(16);
         if !device.has_room(bytes) {
             tracing::warn!(bytes, "no room for moments on the device, optimiser steps on the host");
             return None;
