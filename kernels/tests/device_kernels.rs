@@ -542,13 +542,13 @@ fn attend_plainly(shape: &SequenceAttention, [q, k, v]: [&[f32]; 3], d_out: &[f3
         let delta: f64 = shares.iter().zip(&slants).map(|(share, slant)| share * slant).sum();
         for (key, (share, slant)) in (first..).zip(shares.iter().zip(&slants)) {
             let slope = share * (slant - delta) * scale;
-            for i in 0..width {
+            for (i, own) in own.iter().enumerate() {
                 d_q[row * width + i] += slope * f64::from(k[place(key) * width + i]);
-                d_k[place(key) * width + i] += slope * f64::from(own[i]);
+                d_k[place(key) * width + i] += slope * f64::from(*own);
             }
-            for i in 0..value {
+            for (i, d_own) in d_own.iter().enumerate() {
                 out[row * value + i] += share * f64::from(v[place(key) * value + i]);
-                d_v[place(key) * value + i] += share * f64::from(d_own[i]);
+                d_v[place(key) * value + i] += share * f64::from(*d_own);
             }
         }
     }

@@ -24,6 +24,10 @@ mod rotate;
 mod sparse;
 mod square_sums;
 mod tensors;
+#[allow(
+    clippy::too_many_arguments,
+    reason = "a kernel's arguments are plain numbers and pointers"
+)]
 mod tiles;
 
 pub use adamw::AdamWStep;
