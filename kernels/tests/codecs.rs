@@ -136,7 +136,7 @@ fn warm_start(texts: &Texts) -> Start {
     Start {
         layout,
         bits_per_byte: score(&mut stage, texts),
-        parameters: stage.parameters().to_vec(),
+        parameters: stage.parameters().unwrap().to_vec(),
     }
 }
 
@@ -202,7 +202,7 @@ impl Worker<'_> {
         let codec = codec_of_round(outer, round);
         let parts = states
             .iter()
-            .zip(self.stage.parameters())
+            .zip(self.stage.parameters().unwrap())
             .zip(&layout.parts)
             .zip(&mut self.feedback);
         let mut frames = Vec::new();

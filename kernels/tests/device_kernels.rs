@@ -6,7 +6,7 @@
 
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use polder_kernels::device::cube::{AdamWStep, AttentionShape, Cost, Cubes, PagedRows};
+use polder_kernels::device::cube::{AdamWStep, AttentionShape, Cost, Cubes, PagedRows, SequenceAttention, SquareSums};
 use polder_kernels::device::{Choice, Device};
 use polder_kernels::quant::{PackedMatrix, PackedType, narrow};
 use polder_protocol::codec::{ErrorFeedback, Form, HEADER_BYTES, Header};
@@ -131,6 +131,92 @@ fn optimiser_steps_are_those_of_the_reference() {
             }
             told("adamw", Cost::adamw(count));
         }
+    });
+}
+
+#[test]
+fn sums_of_squares_have_the_same_bits_each_time() {
+    with_kernels(|cubes| {
+        let lengths = [1, 65, 4_096, 4_097, 100_001];
+        let vectors = lengths.map(|count| numbers(count, 9));
+        let run = || {
+            let on_device = [0, 1, 2, 3, 4].map(|i: usize| cubes.upload(&vectors[i]));
+            let mut sums = SquareSums::new(cubes, SquareSums::room(lengths.into_iter()));
+            for values in &on_device {
+                sums.add(values, 0.5).unwrap();
+            }
+            assert!(sums.add(&on_device[0], 1.0).is_err(), "no room is left");
+            for (values, own) in vectors.iter().zip(&on_device) {
+                let halves: Vec<f32> = values.iter().map(|value| value * 0.5).collect();
+                assert_eq!(cubes.read(own).unwrap(), halves);
+            }
+            sums.read().unwrap()
+        };
+        let sums = run();
+        assert_eq!(sums, run());
+        let sum: f64 = sums.into_iter().map(f64::from).sum();
+        let right = vectors.iter().flatten();
+        let right: f64 = right.map(|value| (f64::from(*value) * 0.5).powi(2)).sum();
+        assert!((sum / right - 1.0).abs() < 1e-6, "{sum} {right}");
+        told("sum squares", Cost::square_sums(100_001));
+    });
+}
+
+#[test]
+fn attention_over_sequences_and_its_gradients_are_those_of_plain_sums() {
+    with_kernels(|cubes| {
+        // Sequences, positions, heads, key-value heads, width, width of values, window.
+        for (batch, seq, heads, kv_heads, width, value, window) in [
+            (1, 1, 1, 1, 1, 1, None),
+            (2, 5, 3, 1, 6, 6, None),
+            (1, 33, 4, 2, 64, 64, None),
+            (1, 40, 6, 2, 80, 48, Some(7)),
+            (2, 17, 2, 2, 65, 130, Some(16)),
+            (1, 70, 4, 1, 16, 16, Some(33)),
+            (1, 20, 2, 1, 192, 128, None),
+            (1, 50, 1, 1, 256, 256, Some(1)),
+        ] {
+            let shape = SequenceAttention {
+                batch,
+                seq,
+                heads,
+                kv_heads,
+                width,
+                value,
+                window,
+                scale: 0.3,
+            };
+            let rows = batch * seq;
+            let q = numbers(rows * heads * width, 60);
+            let k = numbers(rows * kv_heads * width, 61);
+            let v = numbers(rows * kv_heads * value, 62);
+            let d_out = numbers(rows * heads * value, 63);
+            let right = attend_plainly(&shape, [&q, &k, &v], &d_out);
+            let [on_q, on_k, on_v, on_d] = [&q, &k, &v, &d_out].map(|values| cubes.upload(values));
+            if !cubes.attends_sequences(width, value) {
+                println!("skipped: heads of {width} and {value} do not fit the device's shared memory");
+                assert!(cubes.attend_sequences(&shape, &on_q, &on_k, &on_v).is_err());
+                continue;
+            }
+            let run = || {
+                let attended = cubes.attend_sequences(&shape, &on_q, &on_k, &on_v).unwrap();
+                let gradients = cubes
+                    .attend_sequences_backward(&shape, (&on_q, &on_k, &on_v), &attended, &on_d)
+                    .unwrap();
+                let [d_q, d_k, d_v] = gradients;
+                [&attended.out, &d_q, &d_k, &d_v].map(|values| cubes.read(values).unwrap())
+            };
+            let found = run();
+            for (found, (right, what)) in found.iter().zip(right.iter().zip(["out", "d_q", "d_k", "d_v"])) {
+                near(found, right, 1e-5, &format!("{what} of {shape:?}"));
+            }
+            assert!(found == run(), "other bits the second time: {shape:?}");
+            told("attend sequences", Cost::attend_sequences(&shape));
+            told("attend sequences backward", Cost::attend_sequences_backward(&shape));
+            let other = SequenceAttention { seq: seq + 1, ..shape };
+            assert!(cubes.attend_sequences(&other, &on_q, &on_k, &on_v).is_err());
+        }
+        assert!(!cubes.attends_sequences(0, 1) && !cubes.attends_sequences(1 << 20, 1));
     });
 }
 
@@ -418,6 +504,55 @@ fn numbers(count: usize, seed: u32) -> Vec<f32> {
         (state >> 8) as f32 / (1u32 << 22) as f32 - 2.0
     };
     (0..count).map(|_| next()).collect()
+}
+
+/// Output and gradients of queries, keys and values, in f64.
+fn attend_plainly(shape: &SequenceAttention, [q, k, v]: [&[f32]; 3], d_out: &[f32]) -> [Vec<f32>; 4] {
+    let SequenceAttention {
+        batch,
+        seq,
+        heads,
+        kv_heads,
+        width,
+        value,
+        ..
+    } = *shape;
+    let scale = f64::from(shape.scale);
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+    let mut out = vec![0.0f64; d_out.len()];
+    let (mut d_q, mut d_k, mut d_v) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+    for (sequence, head, query) in
+        (0..batch).flat_map(|b| (0..heads).flat_map(move |h| (0..seq).map(move |s| (b, h, s))))
+    {
+        let kv = head / (heads / kv_heads);
+        let row = (sequence * seq + query) * heads + head;
+        let own = &q[row * width..][..width];
+        let d_own = &d_out[row * value..][..value];
+        let first = shape.window.map_or(0, |window| (query + 1).saturating_sub(window));
+        let place = |key: usize| (sequence * seq + key) * kv_heads + kv;
+        let scores: Vec<f64> = (first..=query)
+            .map(|key| dot(own, &k[place(key) * width..][..width]) * scale)
+            .collect();
+        let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let total: f64 = scores.iter().map(|score| (score - largest).exp()).sum();
+        let shares: Vec<f64> = scores.iter().map(|score| (score - largest).exp() / total).collect();
+        let slants: Vec<f64> = (first..=query)
+            .map(|key| dot(d_own, &v[place(key) * value..][..value]))
+            .collect();
+        let delta: f64 = shares.iter().zip(&slants).map(|(share, slant)| share * slant).sum();
+        for (key, (share, slant)) in (first..).zip(shares.iter().zip(&slants)) {
+            let slope = share * (slant - delta) * scale;
+            for (i, own) in own.iter().enumerate() {
+                d_q[row * width + i] += slope * f64::from(k[place(key) * width + i]);
+                d_k[place(key) * width + i] += slope * f64::from(*own);
+            }
+            for (i, d_own) in d_own.iter().enumerate() {
+                out[row * value + i] += share * f64::from(v[place(key) * value + i]);
+                d_v[place(key) * value + i] += share * f64::from(*d_own);
+            }
+        }
+    }
+    [out, d_q, d_k, d_v].map(|values| values.into_iter().map(|value| value as f32).collect())
 }
 
 fn near(found: &[f32], right: &[f32], tolerance: f32, what: &str) {

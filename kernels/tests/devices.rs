@@ -7,16 +7,18 @@ mod golden_case;
 mod settings;
 mod training_step;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use golden_case::{Golden, largest, largest_difference};
 use polder_kernels::device::Device;
 use polder_kernels::quant::PackedType;
 use polder_kernels::stage::{Input, Output, ServeStage, StageError, Step, Want};
-use polder_kernels::train::{TrainError, TrainInput, TrainOutput, TrainStage};
+use polder_kernels::train::{TrainData, TrainError, TrainInput, TrainOutput, TrainStage, initial_parameters};
+use polder_kernels::verify::verify;
 use polder_kernels::weights::{import, quantise};
 use polder_protocol::layout::BlockRange;
+use polder_protocol::run::Inner;
 use polder_protocol::work::Weights;
 use settings::inner;
 use training_step::{batch, loss};
@@ -139,6 +141,151 @@ fn losses_and_gradients_are_those_of_the_cpu() {
                 let error = largest_difference(gradients, right) / largest(right);
                 assert!(error < 1e-4, "{device}: {error}");
             }
+        }
+    });
+}
+
+#[test]
+fn steps_on_a_device_are_those_of_the_cpu_and_go_on_from_its_state() {
+    on_every_device(|device| {
+        let golden = Golden::open("llama_rope_llama3");
+        let data = repeating();
+        let start = |device: &Device| train(&golden, BlockRange::whole(3), device);
+        let near = |what: &str, ours: &[Vec<f32>], right: &[Vec<f32>]| {
+            for (ours, right) in ours.iter().zip(right) {
+                let error = largest_difference(ours, right) / largest(right);
+                // AdamW's first steps hardly ask how large a gradient is, so errors of the smallest show.
+                assert!(error < 1e-3, "{device}, {what}: {error}");
+            }
+        };
+        let (mut ours, mut right) = (start(device), start(&Device::cpu()));
+        let losses = |stage: &mut TrainStage, first, steps| stage.steps(&data, first, steps, &[1]).unwrap().losses;
+        let close = |a: Vec<f32>, b: Vec<f32>| {
+            assert!(
+                a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-3),
+                "{device}: {a:?} {b:?}"
+            );
+        };
+        close(losses(&mut ours, 0, 4), losses(&mut right, 0, 4));
+        near("4 steps", ours.parameters().unwrap(), right.parameters().unwrap());
+
+        // Either goes on from the other's files.
+        let folder = tempfile::tempdir().unwrap();
+        let write = |stage: &mut TrainStage, name: &str| {
+            let file = |part| folder.path().join(format!("{name}-{part}"));
+            let parts: Vec<_> = (0..5).map(|part| file(part.to_string())).collect();
+            stage.write(&parts).unwrap();
+            stage.write_optimiser(file("state".to_owned())).unwrap();
+            (parts, file("state".to_owned()))
+        };
+        let (our_files, right_files) = (write(&mut ours, "ours"), write(&mut right, "right"));
+        let load = |(parts, state): &(Vec<_>, _), device: &Device| {
+            let range = BlockRange::whole(3);
+            let mut stage = TrainStage::load(&golden.config_json, range, parts, inner(), 10, device).unwrap();
+            stage.read_optimiser(state).unwrap();
+            stage
+        };
+        let (mut moved, mut back) = (load(&right_files, device), load(&our_files, &Device::cpu()));
+        // In two orders, with a look at the parameters between.
+        let mut whole = losses(&mut ours, 4, 2);
+        assert_eq!(ours.parameters().unwrap().len(), 5);
+        whole.extend(losses(&mut ours, 6, 1));
+        close(whole.clone(), losses(&mut moved, 4, 3));
+        close(whole, losses(&mut back, 4, 3));
+        near("7 steps", moved.parameters().unwrap(), back.parameters().unwrap());
+
+        // New parameters are taken, and the state stays.
+        let other = right.parameters().unwrap().to_vec();
+        for stage in [&mut ours, &mut back] {
+            stage.set_parameters(other.clone()).unwrap();
+        }
+        close(losses(&mut ours, 7, 2), losses(&mut back, 7, 2));
+        near("9 steps", ours.parameters().unwrap(), back.parameters().unwrap());
+    });
+}
+
+#[test]
+fn repeats_and_graphs_made_again_have_the_same_bits() {
+    on_every_device(|device| {
+        for name in ["llama_tied_sharded", "gemma3_text", "deepseek_v3"] {
+            let config = std::fs::read_to_string(golden_folder(name).join("config.json")).unwrap();
+            let (layout, parameters) = initial_parameters(&config, 5).unwrap();
+            let data = repeating();
+            let run = |blocks_kept| {
+                let inner = Inner {
+                    micro_batches: 2,
+                    ..inner()
+                };
+                let range = BlockRange::whole(layout.blocks());
+                let stage = TrainStage::new(&config, range, parameters.clone(), inner, 10, device);
+                let mut stage = stage.unwrap();
+                stage.set_blocks_kept(blocks_kept);
+                let losses = stage.steps(&data, 0, 2, &[1]).unwrap().losses;
+                (losses, stage.parameters().unwrap().to_vec())
+            };
+            let all = run(u32::MAX);
+            assert!(all.0.iter().all(|loss| loss.is_finite()));
+            println!("{device}, {name}: {:08x?}", [all.0[0].to_bits(), all.0[1].to_bits()]);
+            for blocks_kept in [u32::MAX, 1, 0] {
+                assert!(run(blocks_kept) == all, "{device}, {name}: {blocks_kept} blocks kept");
+            }
+        }
+    });
+}
+
+/// What stays on the device between a forward and its backward, and that it is gone afterwards.
+#[cfg(feature = "gpu")]
+#[test]
+fn blocks_that_keep_their_input_alone_hold_less_of_the_device() {
+    use polder_kernels::device::cube::Cubes;
+
+    let _turn = turn();
+    let Some(device) = graphics_device() else { return };
+    let cubes = Cubes::of(device).unwrap();
+    let golden = Golden::open("llama_rope_llama3");
+    let held = |seq: u32, blocks_kept| {
+        let mut stage = train(&golden, BlockRange { first: 0, end: 2 }, device);
+        stage.set_blocks_kept(blocks_kept);
+        let tokens: Vec<u32> = (0..=seq).map(|i| i % 500).collect();
+        let input = TrainInput {
+            tokens: &tokens,
+            hidden: &[],
+            batch: 1,
+            seq,
+        };
+        let run = |stage: &mut TrainStage| match stage.forward(0, input).unwrap() {
+            TrainOutput::Hidden(sent) => sent,
+            TrainOutput::Loss { .. } => panic!("no head"),
+        };
+        // Parameters, rotations and sums of gradients are there after the first.
+        let sent = run(&mut stage);
+        stage.backward(0, &sent).unwrap();
+        let before = cubes.bytes_in_use();
+        let sent = run(&mut stage);
+        let kept = cubes.bytes_in_use() - before;
+        stage.backward(0, &sent).unwrap();
+        let after = cubes.bytes_in_use();
+        assert!(after <= before + before / 20, "{after} {before}");
+        kept
+    };
+    for seq in [64, 256] {
+        let [all, one, none] = [u32::MAX, 1, 0].map(|blocks_kept| held(seq, blocks_kept));
+        println!("{seq} positions: {all} bytes with both graphs, {one} with one, {none} with none");
+        assert!(none < one && one < all && none < all / 4);
+        // Nothing grows with the square of the length.
+        assert!(seq == 64 || all < 5 * held(64, u32::MAX));
+    }
+}
+
+#[test]
+fn losses_and_gradients_of_other_families_are_those_of_pytorch() {
+    on_every_device(|device| {
+        let few = "mistral_sliding mistral4_mla mixtral_moe deepseek_v32_dsa nemotron_h_moe";
+        // All of them take a software rasteriser minutes.
+        let names = std::env::var("POLDER_GPU_FAMILIES").unwrap_or_else(|_| few.to_owned());
+        for name in names.split_whitespace() {
+            let report = verify(&golden_folder(name), device).unwrap();
+            assert!(report.passed(), "{device}, {name}: {:?}", report.quantities);
         }
     });
 }
@@ -426,6 +573,16 @@ fn train(golden: &Golden, range: BlockRange, device: &Device) -> TrainStage {
     let parts = range.parts(golden.config.blocks);
     let parameters = golden.parameters()[parts.start as usize..parts.end as usize].to_vec();
     TrainStage::new(&golden.config_json, range, parameters, inner(), 10, device).unwrap()
+}
+
+fn golden_folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+}
+
+fn repeating() -> TrainData {
+    let mut data = TrainData::new();
+    data.add(&(0..200).map(|i| i % 7 + 3).collect::<Vec<u32>>());
+    data
 }
 
 fn argmax(logits: &[f32]) -> u32 {

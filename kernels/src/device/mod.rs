@@ -136,6 +136,15 @@ impl Device {
         bytes <= TOO_LARGE
     }
 
+    /// Whether it has memory of its own, which [`Device::has_room`] can tell of.
+    pub(crate) fn has_memory(&self) -> bool {
+        #[cfg(feature = "gpu")]
+        if self.graphics.is_some() {
+            return true;
+        }
+        false
+    }
+
     /// Whether a graphics driver computes.
     #[cfg(feature = "gpu")]
     pub(crate) fn has_graphics(&self) -> bool {

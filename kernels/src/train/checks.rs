@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, Transaction};
 use polder_protocol::layout::{BlockRange, Layout};
 
 use super::{TrainError, files};
@@ -13,6 +13,22 @@ pub(super) fn numbers<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, Tra
     tensor.try_into_vec_as::<f32>().map_err(|error| TrainError::Device {
         reason: error.to_string(),
     })
+}
+
+/// The values of several tensors, on the host: the device is waited for once.
+pub(super) fn all_numbers(tensors: impl IntoIterator<Item = Tensor<1>>) -> Result<Vec<Vec<f32>>, TrainError> {
+    let failed = |reason: String| TrainError::Device { reason };
+    let mut tensors = tensors.into_iter().peekable();
+    if tensors.peek().is_none() {
+        return Ok(Vec::new());
+    }
+    let transaction = tensors.fold(Transaction::default(), |transaction, tensor| {
+        transaction.register(tensor)
+    });
+    let data = transaction.try_execute().map_err(|error| failed(error.to_string()))?;
+    data.into_iter()
+        .map(|data| data.try_into_vec::<f32>().map_err(|error| failed(error.to_string())))
+        .collect()
 }
 
 /// Refuses numbers that are not finite; `what` names them.

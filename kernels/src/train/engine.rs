@@ -109,42 +109,48 @@ impl Engine {
                 Ok((output, Kept::Cpu(kept)))
             }
             Self::Graph(engine) => {
-                let (output, kept) = engine.forward(model, input)?;
+                let (output, kept) = engine.forward(model, input, blocks_kept)?;
                 Ok((output, Kept::Graph(Box::new(kept))))
             }
         }
     }
 
-    /// The mean loss of a stage with the head and the gradient of its input; adds the parameters' gradients.
+    /// The mean loss of a stage with the head and the gradient of its input; adds the parameters' gradients, on the host or
+    /// where [`Engine::bring_gradients`] brings them from.
     pub(super) fn train(
         &mut self,
         model: Model<'_>,
         input: &Input<'_>,
         targets: &[u32],
         blocks_kept: u32,
-        gradients: &mut [Vec<f32>],
+        gradients: &mut GradientSums,
     ) -> Result<(f32, Vec<f32>), TrainError> {
         match self {
             Self::Cpu(engine) => {
+                let gradients = gradients.of(model.parameters);
                 let (mut x, kept) = engine.forward(model, input, blocks_kept)?;
                 let loss = engine.mean_loss(model, &mut x, targets, gradients)?;
                 Ok((loss, engine.backward(model, kept, x, gradients)))
             }
-            Self::Graph(engine) => engine.train(model, input, targets, gradients),
+            Self::Graph(engine) => engine.train(model, input, targets, blocks_kept),
         }
     }
 
-    /// The gradient of a kept micro-batch's input from that of its output; adds the parameters' gradients.
+    /// The gradient of a kept micro-batch's input from that of its output; adds the parameters' gradients as
+    /// [`Engine::train`] does.
     pub(super) fn backward(
         &mut self,
         model: Model<'_>,
         kept: Kept,
         gradient: &[f32],
-        gradients: &mut [Vec<f32>],
+        gradients: &mut GradientSums,
     ) -> Result<Vec<f32>, TrainError> {
         match (self, kept) {
-            (Self::Cpu(engine), Kept::Cpu(kept)) => Ok(engine.backward(model, kept, gradient.to_vec(), gradients)),
-            (Self::Graph(engine), Kept::Graph(kept)) => engine.backward(*kept, gradient, gradients),
+            (Self::Cpu(engine), Kept::Cpu(kept)) => {
+                let gradients = gradients.of(model.parameters);
+                Ok(engine.backward(model, kept, gradient.to_vec(), gradients))
+            }
+            (Self::Graph(engine), Kept::Graph(kept)) => engine.backward(model, *kept, gradient),
             _ => unreachable!("an engine is asked about what it kept"),
         }
     }
@@ -162,7 +168,46 @@ impl Engine {
         }
     }
 
-    /// Parameters have changed.
+    /// The engine whose parameters, gradients and moments may stay on its device.
+    pub(super) fn graph(&mut self) -> Option<&mut graph::Engine> {
+        match self {
+            Self::Cpu(_) => None,
+            Self::Graph(engine) => Some(engine),
+        }
+    }
+
+    /// Whether the optimiser steps on the device.
+    pub(super) fn steps_on_device(&self) -> bool {
+        match self {
+            Self::Cpu(_) => false,
+            Self::Graph(engine) => engine.steps_on_device(),
+        }
+    }
+
+    /// Whether attention with heads of these widths is computed without a matrix of scores.
+    pub(super) fn attends_without_scores(&self, width: usize, value: usize) -> bool {
+        match self {
+            Self::Cpu(_) => false,
+            Self::Graph(engine) => engine.attends_without_scores(width, value),
+        }
+    }
+
+    /// Brings gradients that wait on a device to the host.
+    pub(super) fn bring_gradients(&mut self, model: Model<'_>, gradients: &mut GradientSums) -> Result<(), TrainError> {
+        match self {
+            Self::Cpu(_) => Ok(()),
+            Self::Graph(engine) => engine.bring_gradients(model, gradients),
+        }
+    }
+
+    /// Forgets gradients that wait on a device.
+    pub(super) fn forget_gradients(&mut self) {
+        if let Self::Graph(engine) = self {
+            engine.forget_gradients();
+        }
+    }
+
+    /// Parameters have changed on the host.
     pub(super) fn changed(&mut self) {
         if let Self::Graph(engine) = self {
             engine.changed();
@@ -186,18 +231,40 @@ pub(super) fn blocks_that_fit(
     inner: &Inner,
     device: &Device,
 ) -> u32 {
-    let Some(free) = memory::free_bytes().filter(|_| device.is_cpu()) else {
-        return u32::MAX;
-    };
     // Without the head several micro-batches are under way.
     let under_way = match range.has_head(config.blocks) {
         true => 1,
         false => u64::from(inner.micro_batches).clamp(1, MICRO_BATCHES_KEPT_MAX as u64),
     };
     let rows = (u64::from(inner.batch) * u64::from(inner.seq)).saturating_mul(under_way);
-    let kept = cpu::kept_elements(config, range).saturating_mul(4).saturating_mul(rows);
+    let of_row = match device.is_cpu() && cpu::covers(config) {
+        true => cpu::kept_elements(config, range),
+        false => graph::kept_elements(config, range, inner.seq as usize, device),
+    };
+    let kept = of_row.saturating_mul(4).saturating_mul(rows);
     let elements: u64 = parameters.iter().map(|part| part.len() as u64).sum();
-    share(free, elements.saturating_mul(12), kept)
+    if device.has_memory() {
+        // Parameters, too, are still to be brought there.
+        let later = elements.saturating_mul(16);
+        let fits = |blocks| device.has_room(later.saturating_add(kept.saturating_mul(2 * u64::from(blocks))));
+        return most(range.end - range.first, fits);
+    }
+    let free = memory::free_bytes();
+    free.map_or(u32::MAX, |free| share(free, elements.saturating_mul(12), kept))
+}
+
+/// The most of up to `max` that fits, where fewer fit if more do.
+fn most(max: u32, fits: impl Fn(u32) -> bool) -> u32 {
+    let (mut least, mut above) = (0, max.saturating_add(1));
+    while above - least > 1 {
+        // All of them is the usual case, and asked first.
+        let middle = if above > max { max } else { least.midpoint(above) };
+        match fits(middle) {
+            true => least = middle,
+            false => above = middle,
+        }
+    }
+    least
 }
 
 /// Half of what is left of `free` bytes after moments and gradients, which are made later, by what a block keeps.
@@ -214,6 +281,16 @@ mod tests {
         assert_eq!(share(1_000, 200, 100), 4);
         assert_eq!(share(100, 200, 100), 0);
         assert_eq!(share(u64::MAX, 0, 0), u32::MAX);
+    }
+
+    #[test]
+    fn the_most_that_fits_is_found() {
+        for max in [0, 1, 2, 7, 80] {
+            for limit in 0..=max {
+                assert_eq!(most(max, |blocks| blocks <= limit), limit);
+            }
+        }
+        assert_eq!(most(5, |_| false), 0);
     }
 
     #[test]

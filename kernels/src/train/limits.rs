@@ -3,6 +3,7 @@
 use polder_protocol::layout::{BlockRange, Layout};
 
 use super::TrainError;
+use super::engine::Engine;
 use crate::model::Config;
 use crate::model::describe::Mixer;
 
@@ -19,14 +20,18 @@ pub(super) fn check_parameters(layout: &Layout, range: BlockRange, limit: u64) -
     Ok(())
 }
 
-/// Refuses a micro-batch that makes a tensor beyond `limit` bytes.
+/// Refuses a micro-batch `[batch, seq]` that makes a tensor beyond `limit` bytes.
 pub(super) fn check_micro_batch(
     config: &Config,
     range: BlockRange,
-    batch: usize,
-    seq: usize,
+    [batch, seq]: [usize; 2],
+    engine: &Engine,
     limit: u64,
 ) -> Result<(), TrainError> {
+    let check_scores = |heads: usize, width: usize, value: usize| match engine.attends_without_scores(width, value) {
+        true => check("queries", &[batch, seq, heads, width.max(value)], limit),
+        false => check(SCORES, &[batch, heads, seq, seq], limit),
+    };
     let blocks = config
         .description
         .iter()
@@ -34,8 +39,9 @@ pub(super) fn check_micro_batch(
         .skip(range.first as usize);
     for sublayer in blocks.flat_map(|block| &block.0) {
         match &sublayer.mixer {
-            Mixer::Attention(shape) => check(SCORES, &[batch, shape.heads, seq, seq], limit)?,
-            Mixer::Latent(shape) => check(SCORES, &[batch, shape.heads, seq, seq], limit)?,
+            Mixer::Attention(shape) => check_scores(shape.heads, shape.head_dim, shape.head_dim)?,
+            Mixer::Latent(shape) if shape.indexer.is_some() => check(SCORES, &[batch, shape.heads, seq, seq], limit)?,
+            Mixer::Latent(shape) => check_scores(shape.heads, shape.nope + shape.rope, shape.value)?,
             Mixer::Mlp(mlp) => check("a perceptron's output", &[batch, seq, mlp.up.rows], limit)?,
             Mixer::Experts(_) | Mixer::Mamba(_) => {} // Theirs follow the tokens alone.
         }

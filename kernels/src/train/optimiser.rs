@@ -83,22 +83,35 @@ impl Optimiser {
         self.tensors.iter().flatten().flat_map(|kept| &kept.means)
     }
 
+    /// Whether every tensor is moved by AdamW.
+    pub(super) fn is_adamw(&self) -> bool {
+        self.inner.optimiser == run::Optimiser::AdamW
+    }
+
+    /// The rules of AdamW's next step per part and tensor, for a device that takes it; this counts it as seen.
+    pub(super) fn adamw(&mut self, step: u64, square_sum: f64) -> Vec<Vec<AdamW>> {
+        let rules = self.rules(step, square_sum);
+        let parts = self.tensors.iter();
+        parts
+            .map(|tensors| tensors.iter().map(|kept| rules.adamw(kept.decayed)).collect())
+            .collect()
+    }
+
+    /// The means of a tensor.
+    pub(super) fn means_of(&self, part: usize, tensor: usize) -> Option<&[Vec<f32>]> {
+        Some(&self.tensors.get(part)?.get(tensor)?.means)
+    }
+
+    /// Replaces the means of a tensor by those of AdamW that a device has.
+    pub(super) fn set_means(&mut self, part: usize, tensor: usize, means: [Vec<f32>; 2]) {
+        if let Some(kept) = self.tensors.get_mut(part).and_then(|part| part.get_mut(tensor)) {
+            kept.means = means.into();
+        }
+    }
+
     /// Moves the parameters of each part by its gradient. `step` is of the run, from 0; `square_sum` is of all stages.
     pub(super) fn step(&mut self, parameters: &mut [Vec<f32>], gradients: &[Vec<f32>], step: u64, square_sum: f64) {
-        self.steps_seen += 1;
-        let (norm, clip) = (square_sum.sqrt(), f64::from(self.inner.clip_norm));
-        let gradient_scale = if clip > 0.0 && norm > clip {
-            (clip / norm) as f32
-        } else {
-            1.0
-        };
-        let rules = Rules {
-            inner: self.inner,
-            learning_rate: learning_rate(&self.inner, self.steps_total, step),
-            share: rate_share(&self.inner, self.steps_total, step),
-            gradient_scale,
-            count: self.steps_seen,
-        };
+        let rules = self.rules(step, square_sum);
         for ((tensors, parameters), gradient) in self.tensors.iter_mut().zip(parameters).zip(gradients) {
             let mut start = 0;
             for kept in tensors {
@@ -106,6 +119,24 @@ impl Optimiser {
                 rules.step(&mut parameters[start..end], &gradient[start..end], kept);
                 start = end;
             }
+        }
+    }
+
+    /// The rules of the next step, which is counted.
+    fn rules(&mut self, step: u64, square_sum: f64) -> Rules {
+        self.steps_seen += 1;
+        let (norm, clip) = (square_sum.sqrt(), f64::from(self.inner.clip_norm));
+        let gradient_scale = if clip > 0.0 && norm > clip {
+            (clip / norm) as f32
+        } else {
+            1.0
+        };
+        Rules {
+            inner: self.inner,
+            learning_rate: learning_rate(&self.inner, self.steps_total, step),
+            share: rate_share(&self.inner, self.steps_total, step),
+            gradient_scale,
+            count: self.steps_seen,
         }
     }
 
@@ -262,19 +293,20 @@ impl Rules {
                 };
                 rule.step(parameters, gradient, mean, kept.shape);
             }
-            ([first, second], _) => {
-                let rule = AdamW {
-                    learning_rate: self.learning_rate,
-                    beta_1: inner.beta_1,
-                    beta_2: inner.beta_2,
-                    epsilon: inner.epsilon,
-                    weight_decay,
-                    gradient_scale: self.gradient_scale,
-                    count: self.count,
-                };
-                rule.apply(parameters, gradient, first, second);
-            }
+            ([first, second], _) => self.adamw(kept.decayed).apply(parameters, gradient, first, second),
             _ => unreachable!("a rule keeps as many means as it was made with"),
+        }
+    }
+
+    fn adamw(&self, decayed: bool) -> AdamW {
+        AdamW {
+            learning_rate: self.learning_rate,
+            beta_1: self.inner.beta_1,
+            beta_2: self.inner.beta_2,
+            epsilon: self.inner.epsilon,
+            weight_decay: if decayed { self.inner.weight_decay } else { 0.0 },
+            gradient_scale: self.gradient_scale,
+            count: self.count,
         }
     }
 }

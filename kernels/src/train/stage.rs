@@ -16,6 +16,7 @@ use super::optimiser::{Optimiser, scale, square_sum};
 use super::{TrainData, TrainError, files, limits};
 use crate::device::Device;
 use crate::model::Config;
+use crate::model::describe::Slot;
 
 /// Micro-batches of one step whose graphs a stage keeps at most.
 pub const MICRO_BATCHES_KEPT_MAX: usize = 64;
@@ -77,6 +78,8 @@ pub struct TrainStage {
     buffer_bytes_max: u64,
     /// Per part of `range`, as all vectors below: of the model, with its adapters merged into it where it has any.
     parameters: Vec<Vec<f32>>,
+    /// Whether the device has taken steps with the parameters since they were brought here.
+    moved: bool,
     adapted: Option<Adapted>,
     optimiser: Optimiser,
     gradients: GradientSums,
@@ -184,11 +187,20 @@ impl TrainStage {
             adapted.merge(&mut parameters);
         }
         let trained = adapted.as_ref().map_or(&layout, Adapted::layout);
+        let optimiser = Optimiser::new(inner, steps_total, trained, range);
+        let mut engine = Engine::new(&config, &layout, range, device);
+        if adapted.is_none()
+            && optimiser.is_adamw()
+            && let Some(graph) = engine.graph()
+        {
+            graph.step_on_device(device, parameters.iter().map(|part| part.len() as u64).sum());
+        }
         Ok(Self {
-            optimiser: Optimiser::new(inner, steps_total, trained, range),
+            optimiser,
+            engine,
             goldfish: inner.goldfish.map(Goldfish::new),
-            engine: Engine::new(&config, &layout, range, device),
             blocks_kept: engine::blocks_that_fit(&config, range, &parameters, &inner, device),
+            moved: false,
             buffer_bytes_max: device.buffer_bytes_max(),
             config,
             layout,
@@ -204,8 +216,8 @@ impl TrainStage {
     /// Lets the last `blocks` of the stage keep what their backward needs, from the next micro-batch on. The others keep
     /// their input and compute the rest again: less memory and more time, and not a bit of difference.
     ///
-    /// Unless it is told otherwise, a stage on the CPU keeps as many as half of the memory that is free when it is
-    /// loaded has room for. Models that are computed as a graph of tensors keep everything.
+    /// Unless it is told otherwise, a stage keeps as many as half of the memory that is free when it is loaded has room for:
+    /// the device's own, as far as its driver tells, or the machine's.
     pub fn set_blocks_kept(&mut self, blocks: u32) {
         self.blocks_kept = blocks;
     }
@@ -221,9 +233,19 @@ impl TrainStage {
         parameters + self.optimiser.bytes() + self.adapted.as_ref().map_or(0, Adapted::bytes)
     }
 
-    /// The present parameters per part: those that are trained.
-    pub fn parameters(&self) -> &[Vec<f32>] {
-        self.adapted.as_ref().map_or(&self.parameters, Adapted::parameters)
+    /// The present parameters per part: those that are trained. They are brought from the device where that took steps.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError::Device`].
+    pub fn parameters(&mut self) -> Result<&[Vec<f32>], TrainError> {
+        if self.moved
+            && let Some(graph) = self.engine.graph()
+        {
+            graph.bring_parameters(&mut self.parameters)?;
+            self.moved = false;
+        }
+        Ok(self.adapted.as_ref().map_or(&self.parameters, Adapted::parameters))
     }
 
     /// Replaces the parameters from files; optimiser state stays. Micro-batches under way are dropped.
@@ -253,6 +275,8 @@ impl TrainStage {
                 self.parameters = parameters;
             }
         }
+        self.moved = false;
+        self.engine.changed();
         self.forget();
         Ok(())
     }
@@ -261,9 +285,9 @@ impl TrainStage {
     ///
     /// # Errors
     ///
-    /// [`TrainError::File`] or [`TrainError::PartCount`].
-    pub fn write<P: AsRef<Path>>(&self, part_files: &[P]) -> Result<(), TrainError> {
-        let parameters = self.parameters();
+    /// [`TrainError::File`], [`TrainError::PartCount`] or [`TrainError::Device`].
+    pub fn write<P: AsRef<Path>>(&mut self, part_files: &[P]) -> Result<(), TrainError> {
+        let parameters = self.parameters()?;
         if part_files.len() != parameters.len() {
             return Err(TrainError::PartCount {
                 expected: parameters.len(),
@@ -280,9 +304,13 @@ impl TrainStage {
     ///
     /// # Errors
     ///
-    /// [`TrainError::File`].
-    pub fn write_optimiser<P: AsRef<Path>>(&self, file: P) -> Result<(), TrainError> {
-        self.optimiser.write(file.as_ref())
+    /// [`TrainError::File`] or [`TrainError::Device`].
+    pub fn write_optimiser<P: AsRef<Path>>(&mut self, file: P) -> Result<(), TrainError> {
+        let optimiser = &mut self.optimiser;
+        if let Some(graph) = self.engine.graph() {
+            graph.bring_moments(|part, tensor, means| optimiser.set_means(part, tensor, means))?;
+        }
+        optimiser.write(file.as_ref())
     }
 
     /// Goes on from an optimiser's state that was written by the same stage of the same run.
@@ -291,7 +319,11 @@ impl TrainStage {
     ///
     /// [`TrainError::File`] for a file that is damaged or another stage's; the stage must then be loaded anew.
     pub fn read_optimiser<P: AsRef<Path>>(&mut self, file: P) -> Result<(), TrainError> {
-        self.optimiser.read(file.as_ref())
+        self.optimiser.read(file.as_ref())?;
+        if let Some(graph) = self.engine.graph() {
+            graph.forget_moments();
+        }
+        Ok(())
     }
 
     /// Takes `steps` whole inner steps on a stage that holds the whole model. The windows of micro-batch `m` of step `s`
@@ -370,10 +402,9 @@ impl TrainStage {
             self.kept.insert(micro_batch, kept);
             return Ok(TrainOutput::Hidden(values));
         }
-        let sums = self.gradients.of(&self.parameters);
-        let (loss, input_gradient) = self
-            .engine
-            .train(model, &input, &checked.targets, self.blocks_kept, sums)?;
+        let (loss, input_gradient) =
+            self.engine
+                .train(model, &input, &checked.targets, self.blocks_kept, &mut self.gradients)?;
         Ok(TrainOutput::Loss { loss, input_gradient })
     }
 
@@ -405,23 +436,27 @@ impl TrainStage {
             range: self.range,
             parameters: &self.parameters,
         };
-        let sums = self.gradients.of(&self.parameters);
-        self.engine.backward(model, kept, gradient, sums)
+        self.engine.backward(model, kept, gradient, &mut self.gradients)
     }
 
-    /// Divides the gradients by the number of micro-batches and returns the sum of their squares.
+    /// Divides the gradients by the number of micro-batches and returns the sum of their squares. Where the optimiser steps on
+    /// the device, that number is all that comes to the host.
     ///
     /// # Errors
     ///
     /// [`TrainError::NoGradients`] where none were made.
     pub fn square_sum(&mut self, micro_batches: u32) -> Result<f64, TrainError> {
+        let share = 1.0 / micro_batches.max(1) as f32;
+        if let Some(sum) = self.engine.graph().and_then(|graph| graph.square_sum(share)) {
+            return sum;
+        }
+        self.bring_gradients()?;
         let mut gradients = self.gradients.made_mut().ok_or(TrainError::NoGradients)?;
         if let Some(adapted) = &mut self.adapted {
             adapted.project(gradients);
             gradients = adapted.gradients_mut();
         }
         if micro_batches > 1 {
-            let share = 1.0 / micro_batches as f32;
             gradients.iter_mut().for_each(|part| scale(part, share));
         }
         Ok(gradients.iter().map(|part| square_sum(part)).sum())
@@ -429,9 +464,24 @@ impl TrainStage {
 
     /// The gradients per part: a sum over micro-batches, or their mean after [`TrainStage::square_sum`], which also makes
     /// those of adapters.
-    pub fn gradients(&self) -> Option<&[Vec<f32>]> {
-        let made = self.gradients.made()?;
-        Some(self.adapted.as_ref().map_or(made, Adapted::gradients))
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError::NoGradients`] where none were made.
+    pub fn gradients(&mut self) -> Result<&[Vec<f32>], TrainError> {
+        self.bring_gradients()?;
+        let made = self.gradients.made().ok_or(TrainError::NoGradients)?;
+        Ok(self.adapted.as_ref().map_or(made, Adapted::gradients))
+    }
+
+    fn bring_gradients(&mut self) -> Result<(), TrainError> {
+        let model = Model {
+            config: &self.config,
+            layout: &self.layout,
+            range: self.range,
+            parameters: &self.parameters,
+        };
+        self.engine.bring_gradients(model, &mut self.gradients)
     }
 
     /// Takes an optimiser's step with the gradients, clipped by the norm over all stages of the replica.
@@ -440,33 +490,52 @@ impl TrainStage {
     ///
     /// [`TrainError`]; the gradients are gone, the parameters as before.
     pub fn apply(&mut self, step: u64, square_sum: f64) -> Result<(), TrainError> {
-        if self.gradients.made().is_none() {
-            return Err(TrainError::NoGradients);
-        }
         let result = self.step(step, square_sum);
         self.gradients.forget();
+        self.engine.forget_gradients();
         result
     }
 
     fn step(&mut self, step: u64, square_sum: f64) -> Result<(), TrainError> {
+        let on_device = self.engine.steps_on_device();
+        if !on_device {
+            self.bring_gradients()?;
+        }
+        let made = match self.engine.graph().filter(|_| on_device) {
+            Some(graph) => graph.has_gradients(),
+            None => self.gradients.made().is_some(),
+        };
+        if !made {
+            return Err(TrainError::NoGradients);
+        }
         if !square_sum.is_finite() || square_sum < 0.0 {
             return Err(TrainError::NotFinite { what: "the gradient" });
         }
-        match &mut self.adapted {
-            Some(adapted) => {
+        match (&mut self.adapted, self.engine.graph().filter(|_| on_device)) {
+            (Some(adapted), _) => {
                 let (parameters, gradients) = adapted.both();
                 self.optimiser.step(parameters, gradients, step, square_sum);
                 adapted.merge(&mut self.parameters);
                 // The routers' corrections are frozen too.
                 self.engine.take_loads();
+                self.engine.changed();
             }
-            None => {
+            (None, Some(graph)) => {
+                let rules = self.optimiser.adamw(step, square_sum);
+                graph.step(&rules, |part, tensor| self.optimiser.means_of(part, tensor))?;
+                for ((part, slot), load) in graph.take_loads() {
+                    let change = |correction: &mut [f32]| balance(correction, &load, BALANCE_RATE);
+                    graph.change_vector(part, Slot(slot), change)?;
+                }
+                self.moved = true;
+            }
+            (None, None) => {
                 let gradients = self.gradients.made().unwrap_or_default();
                 self.optimiser.step(&mut self.parameters, gradients, step, square_sum);
                 self.balance_experts();
+                self.engine.changed();
             }
         }
-        self.engine.changed();
         self.kept.clear();
         Ok(())
     }
@@ -515,7 +584,7 @@ impl TrainStage {
         self.check_tokens(&[start])?;
         let stream: Vec<u32> = core::iter::once(start).chain(tokens.iter().copied()).collect();
         let seq = seq as usize;
-        limits::check_micro_batch(&self.config, self.range, SCORE_WINDOWS, seq, self.buffer_bytes_max)?;
+        self.check_room([SCORE_WINDOWS, seq])?;
         let model = Model {
             config: &self.config,
             layout: &self.layout,
@@ -542,7 +611,7 @@ impl TrainStage {
     }
 
     fn forget(&mut self) {
-        self.engine.changed();
+        self.engine.forget_gradients();
         self.engine.take_loads();
         self.gradients.forget();
         self.kept.clear();
@@ -570,7 +639,7 @@ impl TrainStage {
         if rows == 0 || rows > MICRO_BATCH_TOKENS_MAX {
             return Err(shape(0));
         }
-        limits::check_micro_batch(&self.config, self.range, batch_rows, seq_rows, self.buffer_bytes_max)?;
+        self.check_room([batch_rows, seq_rows])?;
         let (first, last) = (self.range.has_embedding(), self.range.has_head(self.config.blocks));
         let (mut inputs, mut targets) = (Vec::new(), Vec::new());
         if first || last {
@@ -597,6 +666,11 @@ impl TrainStage {
             targets,
             rows,
         })
+    }
+
+    fn check_room(&self, micro_batch: [usize; 2]) -> Result<(), TrainError> {
+        let limit = self.buffer_bytes_max;
+        limits::check_micro_batch(&self.config, self.range, micro_batch, &self.engine, limit)
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<(), TrainError> {

@@ -35,10 +35,7 @@ pub(super) fn compare(
     {
         tally.absolute("loss", &[loss], &[right as f32], "loss_abs", 1e-4);
     }
-    let Some(gradients) = stage.gradients() else {
-        return Ok(());
-    };
-    let gradients = by_name(&layout, gradients);
+    let gradients = by_name(&layout, stage.gradients()?);
     tally_norms(cases, &gradients, tally);
     for name in cases
         .names()

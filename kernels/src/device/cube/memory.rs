@@ -3,6 +3,7 @@
 use std::marker::PhantomData;
 
 use bytemuck::{Pod, cast_slice, try_cast_slice};
+use cubecl::MemoryScope;
 use cubecl::client::Client;
 use cubecl::prelude::{BufferArg, CubeCount, CubeDim};
 use cubecl::server::Handle;
@@ -109,13 +110,18 @@ impl Cubes {
         }
     }
 
+    /// Bytes of the device's memory that are in use now, by tensors and by kernels of ours.
+    pub fn bytes_in_use(&self) -> u64 {
+        self.client.memory_report(MemoryScope::Device).usage().bytes_in_use
+    }
+
     pub(super) fn client(&self) -> &Client {
         &self.client
     }
 }
 
 impl<T> Elements<T> {
-    fn new(handle: Handle, len: usize) -> Self {
+    pub(super) fn new(handle: Handle, len: usize) -> Self {
         const { assert!(size_of::<T>() == BYTES) };
         Self {
             handle,
@@ -132,6 +138,10 @@ impl<T> Elements<T> {
     /// Whether there are none.
     pub const fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    pub(super) fn handle(&self) -> &Handle {
+        &self.handle
     }
 
     pub(super) fn argument(&self) -> BufferArg {

@@ -1,11 +1,11 @@
 //! A mixture of experts: the choice is made on the host, everything else in tensors.
 
-use burn::tensor::activation::{sigmoid, softmax};
+use burn::tensor::activation::sigmoid;
 use burn::tensor::{IndexingUpdateOp, Tensor, TensorData};
 
 use super::leaves::Part;
 use super::mlp::mlp;
-use super::{host, indices, linear};
+use super::{host, indices, linear, softmax};
 use crate::model::describe::Experts;
 use crate::model::routing::Score;
 use crate::train::TrainError;
@@ -16,7 +16,7 @@ pub(super) fn experts(part: Part<'_>, shape: &Experts, x: &Tensor<2>) -> Result<
     let count = shape.experts.len();
     let logits = linear(part, &shape.router.weight, x);
     let scores = match rule.score {
-        Score::Softmax => softmax(logits, 1),
+        Score::Softmax => softmax(logits),
         Score::Sigmoid => sigmoid(logits),
     };
     let correction = match shape.router.correction {

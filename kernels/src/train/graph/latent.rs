@@ -2,7 +2,7 @@
 
 use burn::tensor::{Tensor, TensorData};
 
-use super::attention::attend;
+use super::attention::{attend, attend_to_window};
 use super::leaves::Part;
 use super::positions::{MASKED, Positions};
 use super::{host, linear, norm};
@@ -49,11 +49,13 @@ pub(super) fn latent(
     let k = Tensor::cat(vec![up.clone().narrow(3, 0, nope), shared], 3);
     let v = up.narrow(3, nope, value);
 
-    let mask = match (&shape.indexer, own) {
-        (Some(indexer), Some(own)) => chosen(part, indexer, positions, x, &own)?,
-        _ => positions.mask(None, 1),
+    let mixed = match (&shape.indexer, own) {
+        (Some(indexer), Some(own)) => {
+            let mask = chosen(part, indexer, positions, x, &own)?;
+            attend(q, k, v, shape.scale, mask)
+        }
+        _ => attend_to_window(positions, [q, k, v], shape.scale, None)?,
     };
-    let mixed = attend(q, k, v, shape.scale, mask);
     Ok(linear(part, &shape.o, &mixed))
 }
 

@@ -4,6 +4,8 @@ use burn::tensor::{Device, Tensor, TensorData};
 use polder_protocol::layout::{BlockRange, Layout};
 
 use crate::model::describe::Slot;
+use crate::train::TrainError;
+use crate::train::checks::{all_numbers, numbers};
 
 /// The parameters of a stage, per part, in layout order.
 #[derive(Debug, Clone)]
@@ -43,9 +45,70 @@ impl Leaves {
         Self(parts.collect())
     }
 
+    /// The same memory, without gradients.
+    pub(in crate::train) fn untracked(&self) -> Self {
+        let parts = self.0.iter().map(|part| part.iter().map(Leaf::untracked).collect());
+        Self(parts.collect())
+    }
+
+    /// Brings all to the host, into memory as long as the parts.
+    pub(in crate::train) fn bring(&self, parameters: &mut [Vec<f32>]) -> Result<(), TrainError> {
+        for (leaves, parameters) in self.0.iter().zip(parameters) {
+            let mut rest = &mut parameters[..];
+            for values in all_numbers(leaves.iter().map(Leaf::flat))? {
+                let (own, others) = rest.split_at_mut(values.len());
+                own.copy_from_slice(&values);
+                rest = others;
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes a vector by way of the host.
+    pub(super) fn change_vector(
+        &mut self,
+        part: usize,
+        slot: Slot,
+        device: &Device,
+        change: impl FnOnce(&mut [f32]),
+    ) -> Result<(), TrainError> {
+        if let Some(Leaf::Vector(vector)) = self.0.get_mut(part).and_then(|part| part.get_mut(slot.0)) {
+            let mut values = numbers(vector.clone().inner())?;
+            change(&mut values);
+            let count = values.len();
+            let data = TensorData::new(values, [count]);
+            *vector = Tensor::from_data(data, &device.clone().autodiff()).require_grad();
+        }
+        Ok(())
+    }
+
     /// Parts, each with its parameters.
     pub(in crate::train) fn parts(&self) -> &[Vec<Leaf>] {
         &self.0
+    }
+}
+
+impl Leaf {
+    pub(super) fn elements(&self) -> usize {
+        match self {
+            Self::Vector(vector) => vector.dims()[0],
+            Self::Matrix(matrix) => matrix.dims().iter().product(),
+        }
+    }
+
+    /// All in a row, in the same memory, without gradients.
+    pub(super) fn flat(&self) -> Tensor<1> {
+        match self {
+            Self::Vector(vector) => vector.clone().inner(),
+            Self::Matrix(matrix) => matrix.clone().inner().reshape([self.elements()]),
+        }
+    }
+
+    fn untracked(&self) -> Self {
+        match self {
+            Self::Vector(vector) => Self::Vector(vector.clone().inner()),
+            Self::Matrix(matrix) => Self::Matrix(matrix.clone().inner()),
+        }
     }
 }
 

@@ -1,13 +1,19 @@
 //! The forward pass of consecutive blocks in tensors, on any device, with a graph where gradients are wanted.
 
+#[cfg_attr(not(feature = "gpu"), path = "no_attending.rs")]
+mod attending;
 mod attention;
 mod engine;
 mod experts;
+mod footprint;
 mod latent;
 mod leaves;
 mod mamba;
 mod mlp;
 mod positions;
+#[cfg_attr(not(feature = "gpu"), path = "no_stepper.rs")]
+mod stepper;
+mod sums;
 
 use std::collections::BTreeMap;
 
@@ -18,10 +24,12 @@ use polder_protocol::layout::BlockRange;
 use super::TrainError;
 use super::goldfish::LEFT_OUT;
 use crate::model::Config;
-use crate::model::describe::{Linear, Mixer, Norm, Slot};
+use crate::model::describe::{Block, Linear, Mixer, Norm, Slot};
 
+pub(super) use attending::Attending;
 pub(super) use engine::{Engine, Kept};
-use leaves::{Leaf, Leaves, Part};
+pub(super) use footprint::kept_elements;
+use leaves::{Leaves, Part};
 use positions::Positions;
 
 /// How often each expert was chosen, by the stage's part and the place of the router's correction in it.
@@ -37,42 +45,47 @@ fn embed(config: &Config, leaves: &Leaves, tokens: &[u32], device: &Device) -> O
     })
 }
 
-/// All blocks of a stage: `[batch · seq, hidden]` to the same.
-fn blocks(
-    config: &Config,
-    range: BlockRange,
-    leaves: &Leaves,
+/// One block, whose parameters are part `index` of the stage: `[batch · seq, hidden]` to the same.
+fn run_block(
+    block: &Block,
+    (leaves, index): (&Leaves, usize),
     positions: &Positions,
     mut x: Tensor<2>,
     loads: &mut Loads,
 ) -> Result<Tensor<2>, TrainError> {
-    let first = usize::from(range.has_embedding());
-    let blocks = config.description.iter().skip(range.first as usize);
-    let count = (range.end - range.first) as usize;
-    for (block, (index, part)) in blocks.zip(leaves.0.iter().enumerate().skip(first)).take(count) {
-        let part = Part(part);
-        for sublayer in &block.0 {
-            let normed = norm(part, &sublayer.norm, x.clone());
-            let mut out = match &sublayer.mixer {
-                Mixer::Attention(shape) => attention::grouped(part, shape, positions, &normed),
-                Mixer::Latent(shape) => latent::latent(part, shape, positions, &normed)?,
-                Mixer::Mlp(mlp) => mlp::mlp(part, mlp, &normed),
-                Mixer::Experts(shape) => {
-                    let (out, load) = experts::experts(part, shape, &normed)?;
-                    if let Some(slot) = shape.router.correction {
-                        add_load(loads, (index, slot.0), &load);
-                    }
-                    out
+    let part = Part(leaves.0.get(index).map_or(&[][..], Vec::as_slice));
+    for sublayer in &block.0 {
+        let normed = norm(part, &sublayer.norm, x.clone());
+        let mut out = match &sublayer.mixer {
+            Mixer::Attention(shape) => attention::grouped(part, shape, positions, &normed)?,
+            Mixer::Latent(shape) => latent::latent(part, shape, positions, &normed)?,
+            Mixer::Mlp(mlp) => mlp::mlp(part, mlp, &normed),
+            Mixer::Experts(shape) => {
+                let (out, load) = experts::experts(part, shape, &normed)?;
+                if let Some(slot) = shape.router.correction {
+                    add_load(loads, (index, slot.0), &load);
                 }
-                Mixer::Mamba(shape) => mamba::mamba(part, shape, positions.seq(), &normed),
-            };
-            if let Some(after) = &sublayer.after {
-                out = norm(part, after, out);
+                out
             }
-            x = x + out;
+            Mixer::Mamba(shape) => mamba::mamba(part, shape, positions.seq(), &normed),
+        };
+        if let Some(after) = &sublayer.after {
+            out = norm(part, after, out);
         }
+        x = x + out;
     }
     Ok(x)
+}
+
+/// The blocks of a stage, each with the place of its part in the stage.
+fn blocks_of<'a>(config: &'a Config, range: BlockRange) -> impl DoubleEndedIterator<Item = (usize, &'a Block)> {
+    let range = range.first as usize..range.end as usize;
+    let first = usize::from(range.start == 0);
+    let blocks = config.description.get(range).unwrap_or_default();
+    blocks
+        .iter()
+        .enumerate()
+        .map(move |(index, block)| (first + index, block))
 }
 
 fn add_load(loads: &mut Loads, place: (usize, usize), load: &[u64]) {
@@ -162,6 +175,14 @@ fn unit_rows(x: Tensor<2>, epsilon: f32) -> Tensor<2> {
 /// `ln(1 + eˣ)`, without overflow.
 fn softplus<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     x.clone().clamp_min(0.0) + x.abs().neg().exp().log1p()
+}
+
+/// Shares along the last axis. Written out, because burn's own rounds otherwise in a graph than without one.
+fn softmax<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    let largest = x.clone().detach().max_dim(D - 1);
+    let shares = (x - largest).exp();
+    let sum = shares.clone().sum_dim(D - 1);
+    shares / sum
 }
 
 /// The values on the host.

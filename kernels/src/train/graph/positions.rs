@@ -2,6 +2,7 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 
+use super::Attending;
 use crate::model::describe::{Mixer, QueryScale};
 use crate::model::{Config, Frequencies};
 
@@ -17,6 +18,8 @@ pub(in crate::train) struct Positions {
     masks: Vec<((Option<usize>, usize), Tensor<4>)>,
     /// `[1, seq, 1, 1]`
     query_scales: Vec<(QueryScale, Tensor<4>)>,
+    /// Kernels that need no masks.
+    attending: Option<Attending>,
 }
 
 /// One rotation.
@@ -29,7 +32,7 @@ struct Turns {
 }
 
 impl Positions {
-    pub(in crate::train) fn new(config: &Config, seq: usize, device: &Device) -> Self {
+    pub(in crate::train) fn new(config: &Config, seq: usize, device: &Device, attending: Option<&Attending>) -> Self {
         let turns = config.rotaries.iter().map(|rotary| {
             let frequencies = Frequencies::of(rotary);
             let pairs = frequencies.pairs();
@@ -49,21 +52,42 @@ impl Positions {
             turns: turns.collect(),
             masks: Vec::new(),
             query_scales: Vec::new(),
+            attending: attending.cloned(),
         };
         for sublayer in config.description.iter().flat_map(|block| &block.0) {
             match &sublayer.mixer {
                 Mixer::Attention(shape) => {
-                    positions.add_mask(shape.window, shape.heads / shape.kv_heads, device);
+                    if positions.attending(shape.head_dim, shape.head_dim).is_none() {
+                        positions.add_mask(shape.window, shape.heads / shape.kv_heads, device);
+                    }
                     positions.add_query_scale(shape.query_scale, device);
                 }
                 Mixer::Latent(shape) => {
-                    positions.add_mask(None, 1, device);
+                    if positions.attending(shape.nope + shape.rope, shape.value).is_none() {
+                        positions.add_mask(None, 1, device);
+                    }
                     positions.add_query_scale(shape.query_scale, device);
                 }
                 Mixer::Mlp(_) | Mixer::Experts(_) | Mixer::Mamba(_) => {}
             }
         }
         positions
+    }
+
+    /// The same memory, for a graph.
+    pub(in crate::train) fn tracked(&self) -> Self {
+        let mut tracked = self.clone();
+        for turns in &mut tracked.turns {
+            turns.cosines = turns.cosines.clone().autodiff();
+            turns.sines = turns.sines.clone().autodiff();
+        }
+        for (_, mask) in &mut tracked.masks {
+            *mask = mask.clone().autodiff();
+        }
+        for (_, factors) in &mut tracked.query_scales {
+            *factors = factors.clone().autodiff();
+        }
+        tracked
     }
 
     /// The length.
@@ -100,6 +124,11 @@ impl Positions {
         let values: Vec<f32> = (0..self.seq).map(|position| scale.at(position)).collect();
         let data = TensorData::new(values, [1, self.seq, 1, 1]);
         self.query_scales.push((scale, Tensor::from_data(data, device)));
+    }
+
+    /// Kernels for heads of these widths; they need no mask.
+    pub(super) fn attending(&self, width: usize, value: usize) -> Option<&Attending> {
+        self.attending.as_ref().filter(|kernels| kernels.covers(width, value))
     }
 
     /// The mask for a window and `group` queries per key.
