@@ -80,8 +80,8 @@ impl Device {
         }
     }
 
-    /// The CPU, driven as a GPU is: stages compute in tensors. Slower than [`Device::cpu`]; it shows what is the
-    /// engine's doing and what a driver's.
+    /// The CPU, driven as a GPU is in training: in tensors. Slower than [`Device::cpu`]; it shows what is the engine's doing
+    /// and what a driver's. It runs no kernels of ours, so stages for serving are those of [`Device::cpu`].
     pub fn cpu_in_tensors() -> Self {
         Self {
             name: format!("cpu ({}, in tensors)", instructions()),

@@ -5,22 +5,27 @@ use cubecl::prelude::*;
 use super::memory::{one_cube_each, size, small, units};
 use super::{Cost, CubeError, Cubes, Floats, Places, UNITS};
 
-/// The sizes of an attention.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What an attention is.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionShape {
     /// Heads of queries.
     pub heads: usize,
     /// Heads of keys and values; divides `heads`.
     pub kv_heads: usize,
-    /// Elements of one head, at most 1,024.
+    /// Elements of one head, at most [`HEAD_DIM_MAX`].
     pub head_dim: usize,
+    /// Positions that a query sees, itself included; `None` for all before it.
+    pub window: Option<usize>,
+    /// What scores are multiplied by.
+    pub scale: f32,
 }
 
 /// What shared memory is for in the smallest of devices, two heads of it.
-const HEAD_DIM_MAX: usize = 1_024;
+pub const HEAD_DIM_MAX: usize = 1_024;
 
-/// One cube for each head of each query, whose session's pages begin in `tables` where `seen` says. Positions come in tiles of one for each unit: the units score a position each,
-/// and then sum up an element of the answer each. What was summed up is scaled whenever a tile has a larger score.
+/// One cube for each head of each query, whose session's pages begin in `tables` where `seen` says. Positions come in tiles
+/// of one for each unit: the units score a position each, and then sum up an element of the answer each. What was summed up
+/// is scaled whenever a tile has a larger score.
 #[cube(launch)]
 fn attend(
     q: &[f32],
@@ -32,6 +37,7 @@ fn attend(
     queries: u32,
     heads: u32,
     kv_heads: u32,
+    window: u32,
     scale: f32,
     #[comptime] head_dim: u32,
     #[comptime] page: u32,
@@ -57,7 +63,10 @@ fn attend(
         sync_cube();
         let mut largest = f32::new(-1e30f32);
         let mut total = f32::new(0.0f32);
-        let mut tile = 0u32;
+        let mut tile = 0u32.runtime();
+        if visible > window {
+            tile = visible - window;
+        }
         while tile < visible {
             let other = tile + UNIT_POS;
             let mut score = f32::new(-1e30f32);
@@ -138,7 +147,16 @@ impl Cubes {
             heads,
             kv_heads,
             head_dim,
+            window,
+            scale,
         } = shape;
+        if window == Some(0) {
+            return Err(CubeError::Range {
+                what: "a window",
+                value: 0,
+                limit: "a position or more",
+            });
+        }
         if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
             return Err(CubeError::Range {
                 what: "heads",
@@ -172,7 +190,8 @@ impl Cubes {
                 small(queries),
                 small(heads),
                 small(kv_heads),
-                1.0 / (head_dim as f32).sqrt(),
+                window.map_or(u32::MAX, small),
+                scale,
                 small(head_dim),
                 small(places.page_positions()),
                 UNITS,
@@ -184,15 +203,17 @@ impl Cubes {
 
 impl Cost {
     /// Of [`Cubes::attend`] for queries of one session: each key and value read once, and what each query sees computed on.
-    pub const fn attend(shape: AttentionShape, queries: usize, position: usize) -> Self {
+    pub fn attend(shape: AttentionShape, queries: usize, position: usize) -> Self {
         let AttentionShape {
             heads,
             kv_heads,
             head_dim,
+            ..
         } = shape;
-        let seen = queries * position + queries * (queries + 1) / 2;
+        let window = shape.window.unwrap_or(usize::MAX);
+        let seen: usize = (position + 1..=position + queries).map(|seen| seen.min(window)).sum();
         let out = queries * heads * head_dim;
-        let cache = 2 * (position + queries) * kv_heads * head_dim;
+        let cache = 2 * (position + queries).min(window.saturating_add(queries)) * kv_heads * head_dim;
         Self::new(4 * (out + cache), 4 * out, seen * heads * (4 * head_dim + 4) + 2 * out)
     }
 }

@@ -32,7 +32,7 @@ pub enum CubeError {
         value: usize,
         limit: &'static str,
     },
-    #[error("no kernel multiplies {ty} packed")]
+    #[error("no kernel multiplies {ty} as it is stored")]
     Type { ty: &'static str },
     #[error("the device failed: {reason}")]
     Device { reason: String },
@@ -132,6 +132,11 @@ impl<T> Elements<T> {
     /// Whether there are none.
     pub const fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// The same memory, read as words.
+    pub(super) fn as_words(&self) -> Words {
+        Elements::new(self.handle.clone(), self.len)
     }
 
     pub(super) fn argument(&self) -> BufferArg {

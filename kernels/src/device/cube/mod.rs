@@ -1,33 +1,41 @@
 //! Our own kernels for devices behind a graphics driver: one source in CubeCL, made at run time for Vulkan, Metal or DX12.
 //!
 //! - [`Cubes`]: the device's queue, and memory on it.
-//! - Kernels: [`Cubes::add_and_normalise`], [`Cubes::rotate`], [`Cubes::gate`], [`Cubes::append`], [`Cubes::attend`],
-//!   [`Cubes::multiply`], [`Cubes::quantise`] and [`Cubes::dequantise`], [`Cubes::encode_sparsely`], [`Cubes::adamw`].
+//! - Kernels: [`Cubes::add_and_normalise`], [`Cubes::rotate`], [`Cubes::activate`], [`Cubes::append`], [`Cubes::attend`],
+//!   [`Cubes::multiply`] and [`Cubes::multiply_heads`], [`Cubes::gather`] and [`Cubes::add_to_rows`], [`Cubes::quantise`] and
+//!   [`Cubes::dequantise`], [`Cubes::encode_sparsely`], [`Cubes::adamw`].
 //! - [`Cost`]: the bytes and operations of each, counted, to say how far one is from what a device can.
 //!
 //! Shapes are checked before anything is launched: a kernel that reads beyond its memory gives zeros or the end of the
 //! device, not an error.
 
+mod activation;
 mod adamw;
 mod attention;
 mod copy;
 mod cost;
-mod gate;
+mod heads;
 mod int8;
 mod memory;
 mod normalise;
-mod packed;
 mod places;
+mod product;
 mod rotate;
+mod rows;
 mod sparse;
 
+pub use activation::Activation;
 pub use adamw::AdamWStep;
-pub use attention::AttentionShape;
+pub use attention::{AttentionShape, HEAD_DIM_MAX};
 pub use cost::Cost;
+pub use heads::Columns;
 pub use int8::Int8OnDevice;
 pub use memory::{CubeError, Cubes, Elements, Floats, Words};
-pub use packed::PackedOnDevice;
+pub use normalise::NormOnDevice;
 pub use places::{PagedRows, Places};
+pub use product::WeightOnDevice;
+pub use rotate::{Rotated, Turns};
+pub use rows::PickedRows;
 
 /// Units of a cube that share a row: a multiple of every device's plane (at most 64).
 const UNITS: u32 = 64;
