@@ -7,7 +7,7 @@
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use polder_kernels::device::cube::{
-    Activation, AdamWStep, AttentionShape, Columns, Cost, Cubes, NormOnDevice, PagedRows, Rotated, Turns,
+    Activation, AdamWStep, AttentionShape, Columns, Cost, Cubes, NormOnDevice, PagedRows, Rotated, ScoredHeads, Turns,
 };
 use polder_kernels::device::{Choice, Device};
 use polder_kernels::quant::{PackedMatrix, PackedType, narrow};
@@ -415,6 +415,78 @@ fn attention_is_that_of_the_reference() {
                 );
                 told("attend in a window", Cost::attend(shape, queries, position));
             }
+            // Three positions of those that a query sees, its own among them; or all.
+            let mut right = vec![0.0; q.len()];
+            let row = heads * head_dim;
+            let choice = |own: usize| {
+                if own < 3 {
+                    (0..=own).collect()
+                } else {
+                    vec![0, own / 2, own]
+                }
+            };
+            let chosen: Vec<Vec<usize>> = (position..all).map(choice).collect();
+            for (chosen, (out, q)) in chosen.iter().zip(right.chunks_exact_mut(row).zip(q.chunks_exact(row))) {
+                let of = |rows: &[f32]| -> Vec<f32> {
+                    let own = chosen.iter().flat_map(|at| &rows[at * width..][..width]);
+                    own.copied().collect()
+                };
+                attention(out, q, &of(&k), &of(&v), heads, kv_heads, head_dim);
+            }
+            let marked = cubes.choose(&chosen, &places).unwrap();
+            let out = cubes
+                .attend_to_chosen(shape, &on_device, &caches[0], &caches[1], &places, &marked)
+                .unwrap();
+            near(
+                &cubes.read(&out).unwrap(),
+                &right,
+                1e-5,
+                &format!("{position} {shape:?}, chosen"),
+            );
+            assert!(cubes.choose(&vec![vec![all]; queries], &places).is_err());
+            assert!(cubes.choose(&vec![Vec::new(); queries], &places).is_err());
+            assert!(cubes.choose(&[], &places).is_err());
+
+            // Scores by which positions are chosen, of all queries but the first.
+            let scored = ScoredHeads { heads, head_dim };
+            let (one, weights) = (numbers(all * head_dim, 23), numbers(queries * heads, 24));
+            let keys = cubes.upload(&vec![f32::NAN; room / width * head_dim]);
+            let every = cubes.place(PAGE, &[span(0, all)]).unwrap();
+            cubes.append(&cubes.upload(&one), &keys, &every, head_dim).unwrap();
+            let rows = 1..queries;
+            let scores = cubes
+                .score_positions(
+                    scored,
+                    &on_device,
+                    &cubes.upload(&weights),
+                    &keys,
+                    &places,
+                    rows.clone(),
+                )
+                .unwrap();
+            let mut right = Vec::new();
+            for row in rows {
+                let heads_of = |at: usize| {
+                    let key = &one[at * head_dim..][..head_dim];
+                    let product = |head: usize| {
+                        let q = &q[(row * heads + head) * head_dim..][..head_dim];
+                        let product: f32 = q.iter().zip(key).map(|(q, k)| q * k).sum();
+                        weights[row * heads + head] * product.max(0.0) / ((heads * head_dim) as f32).sqrt()
+                    };
+                    (0..heads).map(product).sum::<f32>()
+                };
+                right.extend((0..all).map(|at| if at <= position + row { heads_of(at) } else { 0.0 }));
+            }
+            near(&cubes.read(&scores).unwrap(), &right, 1e-5, "scores of positions");
+            told("score positions", Cost::score_positions(scored, queries, position));
+            let beyond = 0..queries + 1;
+            let weights = cubes.upload(&weights);
+            assert!(
+                cubes
+                    .score_positions(scored, &on_device, &weights, &keys, &places, beyond)
+                    .is_err()
+            );
+
             let more = cubes.place(PAGE, &[span(0, all)]).unwrap();
             if position > 0 {
                 assert!(cubes.attend(shape, &on_device, &caches[0], &caches[1], &more).is_err());

@@ -9,7 +9,7 @@ use super::sessions::Sessions;
 use super::weights::StageWeights;
 use super::{Input, Output, StageError, Want, cpu};
 #[cfg(feature = "gpu")]
-use super::{device, pages::Pool};
+use super::{SESSIONS_MAX, device, pages::Pool};
 use crate::device::Device;
 use crate::model::Config;
 
@@ -69,7 +69,7 @@ impl Engine {
         };
         match engine {
             Ok(engine) => {
-                let sessions = Sessions::new(Pool::new(engine.pages(device)), 0);
+                let sessions = Sessions::new(Pool::new(engine.pages(device)), engine.state_bytes());
                 Ok(Ok(Self::Device(Box::new(engine), sessions)))
             }
             Err(Refusal::Lacking(lacking)) => Ok(Err(lacking)),
@@ -105,7 +105,7 @@ impl Engine {
         match self {
             Self::Cpu(engine, _) => engine.sequence_bytes(capacity),
             #[cfg(feature = "gpu")]
-            Self::Device(_, sessions) => sessions.store().sequence_bytes(capacity),
+            Self::Device(engine, sessions) => sessions.store().sequence_bytes(capacity) + engine.state_bytes(),
         }
     }
 
@@ -114,7 +114,10 @@ impl Engine {
         match self {
             Self::Cpu(..) => u64::MAX,
             #[cfg(feature = "gpu")]
-            Self::Device(_, sessions) => sessions.store().bytes_most(),
+            Self::Device(engine, sessions) => {
+                let states = engine.state_bytes().saturating_mul(SESSIONS_MAX as u64);
+                sessions.store().bytes_most().saturating_add(states)
+            }
         }
     }
 
@@ -130,23 +133,15 @@ impl Engine {
 
     /// Opens a session that is not open.
     pub(super) fn open(&mut self, session: u64) {
-        match self {
-            Self::Cpu(engine, sessions) => sessions.open(session, engine.sequence()),
-            #[cfg(feature = "gpu")]
-            Self::Device(_, sessions) => sessions.open(session, device::Sequence::default()),
-        }
+        either!(self, (engine, sessions) => sessions.open(session, engine.sequence()));
     }
 
     /// As [`Engine::open`], going on from the first `positions` of another session, which has `reached` so many if it is
     /// open. Tells how many positions were taken over.
     pub(super) fn open_from(&mut self, session: u64, from: u64, reached: usize, positions: usize) -> usize {
-        match self {
-            Self::Cpu(engine, sessions) => sessions.open_from(session, from, reached, positions, || engine.sequence()),
-            #[cfg(feature = "gpu")]
-            Self::Device(_, sessions) => {
-                sessions.open_from(session, from, reached, positions, device::Sequence::default)
-            }
-        }
+        either!(self, (engine, sessions) => {
+            sessions.open_from(session, from, reached, positions, || engine.sequence())
+        })
     }
 
     /// Frees a session's room.

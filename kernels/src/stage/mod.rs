@@ -148,8 +148,8 @@ impl ServeStage {
     /// Loads `range` from its part files, in the order of parts.
     ///
     /// On the CPU `weights` says in which form matrices are kept and multiplied. A graphics device keeps them as they are
-    /// stored, whatever `weights` says. What it cannot compute the CPU does, and the log says why: Mamba, attention to chosen
-    /// positions, and what exceeds the device's limits. So does the CPU where a device runs no kernels of ours.
+    /// stored, whatever `weights` says. What exceeds the device's limits the CPU computes, and the log says why; so it does
+    /// where a device runs no kernels of ours.
     ///
     /// The last stage of a model whose projection is its embedding needs it too, unless it is also the first: the head's
     /// file holds it as `lm_head.weight`, or the embedding's file is given after the rest.

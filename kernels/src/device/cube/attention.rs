@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 
 use super::memory::{one_cube_each, size, small, units};
-use super::{Cost, CubeError, Cubes, Floats, Places, UNITS};
+use super::{ChosenPositions, Cost, CubeError, Cubes, Floats, Places, UNITS};
 
 /// What an attention is.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -33,14 +33,17 @@ fn attend(
     values: &[f32],
     tables: &[u32],
     seen: &[u32],
+    chosen: &[u32],
     out: &mut [f32],
     queries: u32,
     heads: u32,
     kv_heads: u32,
     window: u32,
+    top: u32,
     scale: f32,
     #[comptime] head_dim: u32,
     #[comptime] page: u32,
+    #[comptime] chooses: bool,
     #[comptime] units: u32,
 ) {
     let mut query = Shared::<[f32]>::new_slice(head_dim as usize);
@@ -51,7 +54,13 @@ fn attend(
     let row = CUBE_POS as u32;
     if row < queries * heads {
         let head = row % heads;
-        let visible = seen[(row / heads * 2u32) as usize];
+        let mut visible = seen[(row / heads * 2u32) as usize];
+        if comptime!(chooses) {
+            // Those chosen, which are numbered from 0 on.
+            if visible > top {
+                visible = top;
+            }
+        }
         let table = seen[(row / heads * 2u32 + 1u32) as usize];
         let kv = head / (heads / kv_heads);
         let mut element = UNIT_POS;
@@ -72,7 +81,11 @@ fn attend(
             let mut score = f32::new(-1e30f32);
             if other < visible {
                 score = f32::new(0.0f32);
-                let place = tables[(table + other / page) as usize] * page + other % page;
+                let mut position = other;
+                if comptime!(chooses) {
+                    position = chosen[(row / heads * top + other) as usize];
+                }
+                let place = tables[(table + position / page) as usize] * page + position % page;
                 places[UNIT_POS as usize] = place;
                 let key = (place * kv_heads + kv) * head_dim;
                 for element in 0..head_dim {
@@ -143,6 +156,36 @@ impl Cubes {
         values: &Floats,
         places: &Places,
     ) -> Result<Floats, CubeError> {
+        self.attend_as(shape, q, keys, values, places, None)
+    }
+
+    /// As [`Cubes::attend`], to chosen positions alone and whatever the window.
+    ///
+    /// # Errors
+    ///
+    /// As [`Cubes::attend`].
+    pub fn attend_to_chosen(
+        &self,
+        shape: AttentionShape,
+        q: &Floats,
+        keys: &Floats,
+        values: &Floats,
+        places: &Places,
+        chosen: &ChosenPositions,
+    ) -> Result<Floats, CubeError> {
+        let shape = AttentionShape { window: None, ..shape };
+        self.attend_as(shape, q, keys, values, places, Some(chosen))
+    }
+
+    fn attend_as(
+        &self,
+        shape: AttentionShape,
+        q: &Floats,
+        keys: &Floats,
+        values: &Floats,
+        places: &Places,
+        chosen: Option<&ChosenPositions>,
+    ) -> Result<Floats, CubeError> {
         let AttentionShape {
             heads,
             kv_heads,
@@ -175,6 +218,9 @@ impl Cubes {
         q.check("queries", size("queries", &[queries, heads, head_dim])?)?;
         places.check(keys, size("a key", &[kv_heads, head_dim])?)?;
         values.check("values", keys.len())?;
+        if let Some(chosen) = chosen {
+            chosen.check(places)?;
+        }
         let out = self.room(q.len());
         if queries > 0 {
             attend::launch(
@@ -186,14 +232,17 @@ impl Cubes {
                 values.argument(),
                 places.tables().argument(),
                 places.seen().argument(),
+                chosen.map_or(places.seen(), ChosenPositions::numbers).argument(),
                 out.argument(),
                 small(queries),
                 small(heads),
                 small(kv_heads),
                 window.map_or(u32::MAX, small),
+                chosen.map_or(0, |chosen| small(chosen.top())),
                 scale,
                 small(head_dim),
                 small(places.page_positions()),
+                chosen.is_some(),
                 UNITS,
             );
         }

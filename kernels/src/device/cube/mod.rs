@@ -1,7 +1,8 @@
 //! Our own kernels for devices behind a graphics driver: one source in CubeCL, made at run time for Vulkan, Metal or DX12.
 //!
 //! - [`Cubes`]: the device's queue, and memory on it.
-//! - Kernels: [`Cubes::add_and_normalise`], [`Cubes::rotate`], [`Cubes::activate`], [`Cubes::append`], [`Cubes::attend`],
+//! - Kernels: [`Cubes::add_and_normalise`], [`Cubes::rotate`], [`Cubes::activate`], [`Cubes::append`], [`Cubes::attend`] and
+//!   [`Cubes::score_positions`],
 //!   [`Cubes::multiply`] and [`Cubes::multiply_heads`], [`Cubes::gather`] and [`Cubes::add_to_rows`], [`Cubes::quantise`] and
 //!   [`Cubes::dequantise`], [`Cubes::encode_sparsely`], [`Cubes::adamw`].
 //! - [`Cost`]: the bytes and operations of each, counted, to say how far one is from what a device can.
@@ -12,6 +13,7 @@
 mod activation;
 mod adamw;
 mod attention;
+mod choose;
 mod copy;
 mod cost;
 mod heads;
@@ -27,6 +29,7 @@ mod sparse;
 pub use activation::Activation;
 pub use adamw::AdamWStep;
 pub use attention::{AttentionShape, HEAD_DIM_MAX};
+pub use choose::{ChosenPositions, ScoredHeads};
 pub use cost::Cost;
 pub use heads::Columns;
 pub use int8::Int8OnDevice;

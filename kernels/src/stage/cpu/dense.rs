@@ -51,7 +51,7 @@ pub(super) fn together<const COUNT: usize>(x: &[f32], n: usize, layers: [(&Dense
 }
 
 /// A norm over the last axis.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(in crate::stage) struct LoadedNorm {
     kind: NormKind,
     gain: Vec<f32>,

@@ -66,14 +66,14 @@ pub(crate) struct Trace {
 }
 
 impl LoadedMixer {
-    /// All matrices, but those of Mamba and of an indexer.
+    /// All matrices.
     pub(in crate::stage) fn matrices(&self) -> Vec<&Matrix> {
         match self {
             Self::Attention(weights) => weights.matrices().collect(),
             Self::Latent(weights) => weights.matrices().collect(),
             Self::Mlp(weights) => weights.matrices().collect(),
             Self::Experts(weights) => weights.matrices().collect(),
-            Self::Mamba(_) => Vec::new(),
+            Self::Mamba(weights) => weights.matrices().collect(),
         }
     }
 
@@ -81,18 +81,14 @@ impl LoadedMixer {
     pub(in crate::stage) fn plain_floats(&self) -> usize {
         match self {
             Self::Latent(weights) => weights.kv_up.len(),
-            _ => 0,
+            Self::Mamba(weights) => weights.recurrence.convolution_len(),
+            Self::Attention(_) | Self::Mlp(_) | Self::Experts(_) => 0,
         }
     }
 
     pub(in crate::stage) fn bytes(&self) -> u64 {
         let matrices: u64 = self.matrices().into_iter().map(Matrix::bytes).sum();
-        let others = match self {
-            Self::Latent(weights) => weights.indexer_bytes(),
-            Self::Mamba(weights) => weights.bytes(),
-            _ => 0,
-        };
-        matrices + others + 4 * self.plain_floats() as u64
+        matrices + 4 * self.plain_floats() as u64
     }
 }
 

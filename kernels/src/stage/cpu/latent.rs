@@ -30,7 +30,7 @@ pub(in crate::stage) struct LatentWeights {
     /// `[heads, nope + value, rank]`, widened: both its halves are multiplied from the other side.
     pub(in crate::stage) kv_up: Vec<f32>,
     pub(in crate::stage) o: Dense,
-    indexer: Option<IndexerWeights>,
+    pub(in crate::stage) indexer: Option<IndexerWeights>,
 }
 
 /// Where queries come from.
@@ -71,19 +71,15 @@ impl LatentWeights {
         })
     }
 
-    /// All that is multiplied with, besides the indexer's and what is widened.
+    /// All that is multiplied with, besides what is widened.
     pub(super) fn matrices(&self) -> impl Iterator<Item = &Matrix> {
         let query = match &self.query {
             Query::Direct(dense) => [Some(dense), None],
             Query::LowRank(down, _, up) => [Some(down), Some(up)],
         };
         let denses = query.into_iter().flatten().chain([&self.kv_down, &self.o]);
-        denses.map(|dense| &dense.weight)
-    }
-
-    /// Bytes of the indexer.
-    pub(super) fn indexer_bytes(&self) -> u64 {
-        self.indexer.as_ref().map_or(0, IndexerWeights::bytes)
+        let indexer = self.indexer.iter().flat_map(IndexerWeights::matrices);
+        denses.map(|dense| &dense.weight).chain(indexer)
     }
 
     fn row(&self) -> usize {

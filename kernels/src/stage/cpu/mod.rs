@@ -25,10 +25,14 @@ pub(super) use experts::Choice;
 pub(super) use experts::ExpertWeights;
 pub(crate) use experts::Routing;
 pub(super) use grouped::GroupedWeights;
+#[cfg(feature = "gpu")]
+pub(super) use indexer::{IndexerWeights, choose};
 pub(super) use latent::LatentWeights;
 #[cfg(feature = "gpu")]
 pub(super) use latent::Query;
 pub(super) use mamba::MambaWeights;
+#[cfg(feature = "gpu")]
+pub(super) use mamba::{MambaState, Recurrence};
 pub(super) use matrix::Matrix;
 #[cfg(feature = "gpu")]
 pub(super) use mlp::Function;

@@ -1,14 +1,18 @@
 //! Sublayers of blocks: what they are on the device, and how rows go through them.
 
+use super::engine::{Piece, Sequence};
 use super::experts::Experts;
 use super::grouped::Grouped;
 use super::latent::Latent;
+use super::mamba::Mamba;
 use super::pages::{Cache, Pages, Widths};
 use super::perceptron::Perceptron;
-use super::upload::{Refusal, Upload};
+use super::upload::Upload;
 use crate::device::cube::{CubeError, Cubes, Floats, NormOnDevice, Places, Turns};
 use crate::model::describe::QueryScale;
-use crate::stage::cpu::{LoadedMixer, LoadedSublayer, Routing};
+use crate::stage::StageError;
+use crate::stage::cpu::{LoadedMixer, LoadedSublayer, Recurrence, Trace};
+use crate::stage::sessions::Span;
 
 /// `x ← x + after(mixer(norm(x)))`.
 #[derive(Debug)]
@@ -24,6 +28,16 @@ enum Mixer {
     Latent(Box<Latent>),
     Perceptron(Box<Perceptron>),
     Experts(Box<Experts>),
+    Mamba(Box<Mamba>),
+}
+
+/// What the sublayers of a stage keep of a session.
+#[derive(Debug, Default)]
+pub(super) struct Kept {
+    /// Of each attention, in pages.
+    pub(super) widths: Vec<Widths>,
+    /// How many recurrent states.
+    pub(super) states: usize,
 }
 
 /// Rows of some sessions on their way through the blocks.
@@ -35,6 +49,8 @@ pub(super) struct Batch<'a> {
     pub(super) turns: &'a [Turns],
     /// Of each row.
     pub(super) positions: &'a [usize],
+    /// Whose rows they are.
+    pub(super) pieces: &'a [Piece],
 }
 
 impl Batch<'_> {
@@ -49,12 +65,9 @@ impl Batch<'_> {
 }
 
 impl Sublayer {
-    /// `caches` takes what the sublayer keeps of a position, if anything.
-    pub(super) fn upload(
-        upload: &Upload<'_>,
-        loaded: &LoadedSublayer,
-        caches: &mut Vec<Widths>,
-    ) -> Result<Self, Refusal> {
+    /// `kept` takes what the sublayer keeps, if anything.
+    pub(super) fn upload(upload: &Upload<'_>, loaded: &LoadedSublayer, kept: &mut Kept) -> Result<Self, StageError> {
+        let caches = &mut kept.widths;
         let mixer = match &loaded.mixer {
             LoadedMixer::Attention(weights) => {
                 let width = weights.shape.kv_heads * weights.shape.head_dim;
@@ -67,13 +80,16 @@ impl Sublayer {
             LoadedMixer::Latent(weights) => {
                 caches.push(Widths {
                     keys: weights.shape.rank + weights.shape.rope,
-                    values: 0,
+                    values: weights.indexer.as_ref().map_or(0, |index| index.shape.head_dim),
                 });
                 Mixer::Latent(Box::new(Latent::upload(upload, weights, caches.len() - 1)?))
             }
             LoadedMixer::Mlp(weights) => Mixer::Perceptron(Box::new(Perceptron::upload(upload, weights)?)),
             LoadedMixer::Experts(weights) => Mixer::Experts(Box::new(Experts::upload(upload, weights)?)),
-            LoadedMixer::Mamba(_) => return Err(Refusal::Lacking("Mamba's recurrence".to_owned())),
+            LoadedMixer::Mamba(weights) => {
+                kept.states += 1;
+                Mixer::Mamba(Box::new(Mamba::upload(upload, weights, kept.states - 1)?))
+            }
         };
         Ok(Self {
             norm: upload.norm(&loaded.norm),
@@ -86,17 +102,26 @@ impl Sublayer {
     pub(super) fn run(
         &self,
         batch: &Batch<'_>,
+        spans: &mut [Span<'_, Sequence>],
         x: &Floats,
         added: Option<&Floats>,
-        seen: Option<&mut Routing>,
+        trace: Option<(u32, &mut Trace)>,
     ) -> Result<Floats, CubeError> {
         let cubes = batch.cubes;
         let normed = cubes.add_and_normalise(x, added, &self.norm)?;
         let mixed = match &self.mixer {
             Mixer::Grouped(grouped) => grouped.of(batch, &normed)?,
-            Mixer::Latent(latent) => latent.of(batch, &normed)?,
+            Mixer::Latent(latent) => {
+                let trace = trace.filter(|_| latent.chooses());
+                let seen = trace.map(|(block, trace)| trace.selected.entry(block).or_default());
+                latent.of(batch, &normed, seen)?
+            }
             Mixer::Perceptron(perceptron) => perceptron.of(cubes, &normed)?,
-            Mixer::Experts(experts) => experts.of(cubes, &normed, batch.positions.len(), seen)?,
+            Mixer::Experts(experts) => {
+                let seen = trace.map(|(block, trace)| trace.routing.entry(block).or_default());
+                experts.of(cubes, &normed, batch.positions.len(), seen)?
+            }
+            Mixer::Mamba(mamba) => mamba.of(batch, spans, &normed)?,
         };
         match &self.after {
             Some(norm) => cubes.add_and_normalise(&mixed, None, norm),
@@ -104,9 +129,12 @@ impl Sublayer {
         }
     }
 
-    /// Whether the sublayer has a router.
-    pub(super) const fn routes(&self) -> bool {
-        matches!(self.mixer, Mixer::Experts(_))
+    /// What the host keeps a state for.
+    pub(super) const fn recurrence(&self) -> Option<&Recurrence> {
+        match &self.mixer {
+            Mixer::Mamba(mamba) => Some(mamba.recurrence()),
+            _ => None,
+        }
     }
 }
 

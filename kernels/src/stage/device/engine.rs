@@ -4,13 +4,13 @@ use std::iter::once;
 
 use polder_protocol::layout::BlockRange;
 
-use super::block::{Batch, Sublayer};
-use super::pages::{Pages, Place, Widths};
+use super::block::{Batch, Kept, Sublayer};
+use super::pages::{Pages, Place};
 use super::upload::{Refusal, Upload, covered};
 use crate::device::Device;
 use crate::device::cube::{CubeError, Cubes, Floats, NormOnDevice, PagedRows, Turns, WeightOnDevice};
 use crate::model::{Config, Frequencies};
-use crate::stage::cpu::{LoadedMixer, LoadedNorm, LoadedSublayer, Matrix, Trace};
+use crate::stage::cpu::{LoadedMixer, LoadedNorm, LoadedSublayer, MambaState, Matrix, Recurrence, Trace};
 use crate::stage::pages::{PAGE_POSITIONS, Table};
 use crate::stage::sessions::{self, Span};
 use crate::stage::weights::StageWeights;
@@ -34,8 +34,7 @@ pub(in crate::stage) struct Engine {
     /// At the first stage. It stays with the host, packed as it came: of each token only one row is needed.
     embedding: Option<Matrix>,
     blocks: Vec<Vec<Sublayer>>,
-    /// What their attentions keep.
-    widths: Vec<Widths>,
+    kept: Kept,
     head: Option<Head>,
     bytes: u64,
 }
@@ -49,31 +48,38 @@ struct Head {
 }
 
 /// What one session keeps.
-#[derive(Debug, Default)]
-pub(in crate::stage) struct Sequence(Table<Place>);
+#[derive(Debug)]
+pub(in crate::stage) struct Sequence {
+    table: Table<Place>,
+    /// Of recurrent sublayers, in the host's memory.
+    pub(super) states: Vec<MambaState>,
+}
 
 impl sessions::Sequence for Sequence {
     type Store = Pages;
 
     fn table(&mut self) -> &mut Table<Place> {
-        &mut self.0
+        &mut self.table
     }
 
     fn fork(&self, end: usize) -> Self {
-        Self(self.0.share(end))
+        Self {
+            table: self.table.share(end),
+            states: self.states.clone(),
+        }
     }
 
     fn earliest(&self) -> usize {
-        0
+        self.states.iter().map(MambaState::earliest).max().unwrap_or(0)
     }
 }
 
 /// Rows of one session that are run at once.
-struct Piece {
+pub(super) struct Piece {
     /// Among the sessions of the batch.
-    session: usize,
-    position: usize,
-    rows: usize,
+    pub(super) session: usize,
+    pub(super) position: usize,
+    pub(super) rows: usize,
     /// Whether the session's rows end here.
     last: bool,
 }
@@ -114,12 +120,10 @@ impl Engine {
         let floats = sublayers().map(|sublayer| sublayer.mixer.plain_floats() as u64).sum();
         let upload = Upload::new(&cubes, device, matrices(), floats)?;
         let rows_max = rows_max(widest(matrices(), sublayers()), device)?;
-        let mut widths = Vec::new();
-        let mut block = |sublayers: &Vec<LoadedSublayer>| -> Result<Vec<Sublayer>, Refusal> {
-            let sublayers = sublayers.iter();
-            sublayers
-                .map(|loaded| Sublayer::upload(&upload, loaded, &mut widths))
-                .collect()
+        let mut kept = Kept::default();
+        let mut block = |sublayers: &Vec<LoadedSublayer>| -> Result<Vec<Sublayer>, StageError> {
+            let upload = |loaded| Sublayer::upload(&upload, loaded, &mut kept);
+            sublayers.iter().map(upload).collect()
         };
         let blocks = weights.blocks.iter().map(&mut block).collect::<Result<_, _>>()?;
         let projection = projection.map(|projection| upload.matrix(projection)).transpose()?;
@@ -139,7 +143,7 @@ impl Engine {
             bytes: upload.bytes(),
             embedding: weights.embedding.filter(|_| range.has_embedding()),
             blocks,
-            widths,
+            kept,
             head,
             cubes,
         })
@@ -147,7 +151,24 @@ impl Engine {
 
     /// Pages for sessions of this stage, on its device.
     pub(in crate::stage) fn pages(&self, device: &Device) -> Pages {
-        Pages::new(self.cubes.clone(), device.clone(), self.widths.clone())
+        Pages::new(self.cubes.clone(), device.clone(), self.kept.widths.clone())
+    }
+
+    /// A session before its first position.
+    pub(in crate::stage) fn sequence(&self) -> Sequence {
+        Sequence {
+            table: Table::default(),
+            states: self.recurrences().map(Recurrence::start).collect(),
+        }
+    }
+
+    /// Bytes of a session's recurrent states, however long it is.
+    pub(in crate::stage) fn state_bytes(&self) -> u64 {
+        self.recurrences().map(Recurrence::state_bytes).sum()
+    }
+
+    fn recurrences(&self) -> impl Iterator<Item = &Recurrence> {
+        self.blocks.iter().flatten().filter_map(Sublayer::recurrence)
     }
 
     /// Bytes of weights on the device.
@@ -198,7 +219,7 @@ impl Engine {
             let rows: usize = batch.iter().map(|piece| piece.rows).sum();
             let (own, others) = rest.split_at_checked(rows * self.config.hidden).unwrap_or((rest, &[]));
             rest = others;
-            let out = self.run(pages, &tables, &batch, own, want, trace.as_deref_mut())?;
+            let out = self.run(pages, &tables, &batch, spans, own, want, trace.as_deref_mut())?;
             let mut out = &out[..];
             for piece in &batch {
                 let values = match want {
@@ -220,11 +241,13 @@ impl Engine {
     }
 
     /// Runs `[rows, hidden]`; what is wanted of them, piece by piece.
+    #[expect(clippy::too_many_arguments, reason = "what a batch is made of")]
     fn run(
         &self,
         pages: &Pages,
         tables: &[Vec<u32>],
         pieces: &[Piece],
+        spans: &mut [Span<'_, Sequence>],
         x: &[f32],
         want: Want,
         trace: Option<&mut Trace>,
@@ -245,9 +268,10 @@ impl Engine {
             places: &cubes.place(PAGE_POSITIONS, &paged.collect::<Vec<_>>())?,
             turns: &self.turns(&positions),
             positions: &positions,
+            pieces,
         };
         let x = cubes.upload(x);
-        let added = self.blocks(&batch, &x, trace)?;
+        let added = self.blocks(&batch, spans, &x, trace)?;
         let Some(head) = self.head.as_ref().filter(|_| want != Want::Hidden) else {
             if let Some(added) = &added {
                 cubes.add(&x, added)?;
@@ -269,15 +293,15 @@ impl Engine {
     fn blocks(
         &self,
         batch: &Batch<'_>,
+        spans: &mut [Span<'_, Sequence>],
         x: &Floats,
         mut trace: Option<&mut Trace>,
     ) -> Result<Option<Floats>, CubeError> {
         let mut added: Option<Floats> = None;
         for (index, block) in (self.range.first..).zip(&self.blocks) {
             for sublayer in block {
-                let trace = trace.as_deref_mut().filter(|_| sublayer.routes());
-                let seen = trace.map(|trace| trace.routing.entry(index).or_default());
-                added = Some(sublayer.run(batch, x, added.as_ref(), seen)?);
+                let trace = trace.as_deref_mut().map(|trace| (index, trace));
+                added = Some(sublayer.run(batch, spans, x, added.as_ref(), trace)?);
             }
             if let Some(trace) = trace.as_deref_mut() {
                 if let Some(added) = added.take() {

@@ -4,6 +4,8 @@
 //! heads, and its latent their value.
 
 use super::block::{Batch, scale_queries};
+use super::index::Index;
+use super::pages::Cache;
 use super::upload::{Dense, Upload};
 use crate::device::cube::{AttentionShape, Columns, CubeError, Floats, NormOnDevice, Rotated};
 use crate::model::describe::LatentAttention;
@@ -21,6 +23,7 @@ pub(super) struct Latent {
     /// Makes values of mixed latents, `[heads, rank, value]`.
     out_of: Floats,
     o: Dense,
+    index: Option<Index>,
     /// Which of the pages' caches.
     cache: usize,
 }
@@ -53,13 +56,28 @@ impl Latent {
             into: upload.floats(&into),
             out_of: upload.floats(&out_of),
             o: upload.dense(&weights.o)?,
+            index: weights
+                .indexer
+                .as_ref()
+                .map(|index| Index::upload(upload, index))
+                .transpose()?,
             cache,
             shape: weights.shape.clone(),
         })
     }
 
-    /// Attends from normed rows `[n, hidden]`.
-    pub(super) fn of(&self, batch: &Batch<'_>, x: &Floats) -> Result<Floats, CubeError> {
+    /// Whether positions are chosen.
+    pub(super) const fn chooses(&self) -> bool {
+        self.index.is_some()
+    }
+
+    /// Attends from normed rows `[n, hidden]`; `seen` takes the positions chosen by each.
+    pub(super) fn of(
+        &self,
+        batch: &Batch<'_>,
+        x: &Floats,
+        seen: Option<&mut Vec<Vec<usize>>>,
+    ) -> Result<Floats, CubeError> {
         let (cubes, n) = (batch.cubes, batch.places.rows());
         let LatentAttention {
             heads,
@@ -71,11 +89,12 @@ impl Latent {
             ..
         } = self.shape;
         let (query, row) = (nope + rope, rank + rope);
-        let q = match &self.query {
-            Query::Direct(dense) => dense.of(cubes, x)?,
+        let (asking, q) = match &self.query {
+            Query::Direct(dense) => (x.clone(), dense.of(cubes, x)?),
             Query::LowRank(down, norm, up) => {
-                let down = down.of(cubes, x)?;
-                up.of(cubes, &cubes.add_and_normalise(&down, None, norm)?)?
+                let asking = cubes.add_and_normalise(&down.of(cubes, x)?, None, norm)?;
+                let q = up.of(cubes, &asking)?;
+                (asking, q)
             }
         };
         let down = self.kv_down.of(cubes, x)?;
@@ -89,8 +108,12 @@ impl Latent {
         cubes.copy_columns(part(&down, row, 0), part(&latent, rank, 0), n, rank)?;
         let latent = cubes.add_and_normalise(&latent, None, &self.kv_norm)?;
         cubes.copy_columns(part(&latent, rank, 0), part(&down, row, 0), n, rank)?;
-        let cache = &batch.cache(self.cache)?.keys;
-        cubes.append(&down, cache, batch.places, row)?;
+        let Cache { keys, values: index } = batch.cache(self.cache)?;
+        cubes.append(&down, keys, batch.places, row)?;
+        let chosen = match &self.index {
+            Some(own) => Some(own.choose(batch, x, &asking, index)?),
+            None => None,
+        };
 
         let carried = cubes.room(n * heads * row);
         cubes.multiply_heads((&q, query), &self.into, [heads, nope, rank], (&carried, row))?;
@@ -104,7 +127,16 @@ impl Latent {
             scale,
         };
         // The rotated key is mixed too, and left out of what follows.
-        let mixed = cubes.attend(shape, &carried, cache, cache, batch.places)?;
+        let mixed = match &chosen {
+            Some(chosen) => {
+                let marked = cubes.choose(chosen, batch.places)?;
+                cubes.attend_to_chosen(shape, &carried, keys, keys, batch.places, &marked)?
+            }
+            None => cubes.attend(shape, &carried, keys, keys, batch.places)?,
+        };
+        if let (Some(seen), Some(chosen)) = (seen, chosen) {
+            seen.extend(chosen);
+        }
         let values = cubes.room(n * heads * value);
         cubes.multiply_heads((&mixed, row), &self.out_of, [heads, rank, value], (&values, value))?;
         self.o.of(cubes, &values)

@@ -22,7 +22,7 @@ pub(super) struct Cache {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Widths {
     pub(super) keys: usize,
-    /// Zero where keys are values too.
+    /// Where keys are values too, those by which positions are chosen.
     pub(super) values: usize,
 }
 

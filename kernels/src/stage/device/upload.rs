@@ -43,20 +43,16 @@ impl From<CubeError> for StageError {
 
 /// Whether all that some blocks of a model do is computed here; otherwise what is not.
 pub(super) fn covered(config: &Config, range: BlockRange) -> Result<(), Refusal> {
-    let lacking = |what: String| Err(Refusal::Lacking(what));
     let blocks = config.description.get(range.first as usize..range.end as usize);
     for sublayer in blocks.unwrap_or_default().iter().flat_map(|block| &block.0) {
         let widest = match &sublayer.mixer {
-            Mixer::Mamba(_) => return lacking("Mamba's recurrence".to_owned()),
-            Mixer::Latent(latent) if latent.indexer.is_some() => {
-                return lacking("attention to positions that an indexer chooses".to_owned());
-            }
             Mixer::Latent(latent) => latent.rank + latent.rope,
             Mixer::Attention(attention) => attention.head_dim,
-            Mixer::Mlp(_) | Mixer::Experts(_) => 0,
+            Mixer::Mlp(_) | Mixer::Experts(_) | Mixer::Mamba(_) => 0,
         };
         if widest > HEAD_DIM_MAX {
-            return lacking(format!("heads of {widest} elements, more than {HEAD_DIM_MAX}"));
+            let what = format!("heads of {widest} elements, more than {HEAD_DIM_MAX}");
+            return Err(Refusal::Lacking(what));
         }
     }
     Ok(())
