@@ -128,12 +128,12 @@ impl Device {
     }
 
     /// Whether `bytes` more would fit now, as far as the driver knows.
+    #[cfg(feature = "gpu")]
     pub(crate) fn has_room(&self, bytes: u64) -> bool {
-        #[cfg(feature = "gpu")]
-        if let Some(graphics) = &self.graphics {
-            return graphics.has_room(bytes);
+        match &self.graphics {
+            Some(graphics) => graphics.has_room(bytes),
+            None => bytes <= TOO_LARGE,
         }
-        bytes <= TOO_LARGE
     }
 
     /// Whether a graphics driver computes.

@@ -18,7 +18,7 @@ use crate::model::Config;
 pub(super) enum Engine {
     Cpu(Box<cpu::Engine>, Sessions<cpu::Sequence>),
     #[cfg(feature = "gpu")]
-    Device(Box<device::Engine>, Sessions<device::Sequence>),
+    Device(Box<device::Engine>, Box<Sessions<device::Sequence>>),
 }
 
 /// Does the same with the engine and the sessions of either kind.
@@ -70,7 +70,7 @@ impl Engine {
         match engine {
             Ok(engine) => {
                 let sessions = Sessions::new(Pool::new(engine.pages(device)), engine.state_bytes());
-                Ok(Ok(Self::Device(Box::new(engine), sessions)))
+                Ok(Ok(Self::Device(Box::new(engine), Box::new(sessions))))
             }
             Err(Refusal::Lacking(lacking)) => Ok(Err(lacking)),
             Err(Refusal::Failed(error)) => Err(error),
@@ -78,7 +78,6 @@ impl Engine {
     }
 
     #[cfg(not(feature = "gpu"))]
-    #[expect(clippy::unnecessary_wraps, reason = "with the feature `gpu` it may fail")]
     fn on_device(
         _: &Config,
         _: BlockRange,

@@ -69,9 +69,11 @@ fn activate(
             made = value / (1.0f32 + (-2.0f32 * inner).exp());
         }
         if comptime!(kind == 2u32) {
-            if value > 0.0f32 {
-                made = value * value;
+            let mut positive = value;
+            if positive < 0.0f32 {
+                positive = f32::new(0.0f32);
             }
+            made = positive * positive;
         }
         if comptime!(kind == 3u32) {
             if value > 0.0f32 {

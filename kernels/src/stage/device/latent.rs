@@ -28,10 +28,11 @@ pub(super) struct Latent {
     cache: usize,
 }
 
+/// Where queries come from: the rows, or a normed latent of them.
 #[derive(Debug)]
-enum Query {
-    Direct(Dense),
-    LowRank(Dense, NormOnDevice, Dense),
+struct Query {
+    low_rank: Option<(Dense, NormOnDevice)>,
+    up: Dense,
 }
 
 impl Latent {
@@ -46,10 +47,14 @@ impl Latent {
         }
         Ok(Self {
             query: match &weights.query {
-                LoadedQuery::Direct(dense) => Query::Direct(upload.dense(dense)?),
-                LoadedQuery::LowRank(down, norm, up) => {
-                    Query::LowRank(upload.dense(down)?, upload.norm(norm), upload.dense(up)?)
-                }
+                LoadedQuery::Direct(up) => Query {
+                    low_rank: None,
+                    up: upload.dense(up)?,
+                },
+                LoadedQuery::LowRank(down, norm, up) => Query {
+                    low_rank: Some((upload.dense(down)?, upload.norm(norm))),
+                    up: upload.dense(up)?,
+                },
             },
             kv_down: upload.dense(&weights.kv_down)?,
             kv_norm: upload.norm(&weights.kv_norm),
@@ -89,14 +94,11 @@ impl Latent {
             ..
         } = self.shape;
         let (query, row) = (nope + rope, rank + rope);
-        let (asking, q) = match &self.query {
-            Query::Direct(dense) => (x.clone(), dense.of(cubes, x)?),
-            Query::LowRank(down, norm, up) => {
-                let asking = cubes.add_and_normalise(&down.of(cubes, x)?, None, norm)?;
-                let q = up.of(cubes, &asking)?;
-                (asking, q)
-            }
+        let asking = match &self.query.low_rank {
+            None => x.clone(),
+            Some((down, norm)) => cubes.add_and_normalise(&down.of(cubes, x)?, None, norm)?,
         };
+        let q = self.query.up.of(cubes, &asking)?;
         let down = self.kv_down.of(cubes, x)?;
         if let Some(turns) = batch.turns.get(self.shape.rotary) {
             let all = |heads, head_dim, first| Rotated { heads, head_dim, first };
