@@ -71,7 +71,10 @@ impl Device {
     pub fn cpu() -> Self {
         Self {
             tensors: burn::tensor::Device::flex(),
-            name: format!("cpu ({}, {} threads)", instructions(), rayon::current_num_threads()),
+            name: match rayon::current_num_threads() {
+                1 => format!("cpu ({}, 1 thread)", instructions()),
+                threads => format!("cpu ({}, {threads} threads)", instructions()),
+            },
             memory_bytes: None,
             buffer_bytes_max: TOO_LARGE,
             is_cpu: true,
@@ -80,8 +83,8 @@ impl Device {
         }
     }
 
-    /// The CPU, driven as a GPU is: stages compute in tensors. Slower than [`Device::cpu`]; it shows what is the
-    /// engine's doing and what a driver's.
+    /// The CPU, driven as a GPU is in training: in tensors. Slower than [`Device::cpu`]; it shows what is the engine's doing
+    /// and what a driver's. It runs no kernels of ours, so stages for serving are those of [`Device::cpu`].
     pub fn cpu_in_tensors() -> Self {
         Self {
             name: format!("cpu ({}, in tensors)", instructions()),

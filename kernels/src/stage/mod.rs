@@ -1,14 +1,12 @@
 //! Consecutive blocks of a model, loaded for serving: sessions, their caches, and the forward pass.
 
 mod cpu;
+#[cfg(feature = "gpu")]
+mod device;
 mod engine;
 mod further;
-#[cfg(feature = "gpu")]
-mod packed;
 mod pages;
-mod plain_llama;
 mod sessions;
-mod tensors;
 mod weights;
 
 use std::collections::BTreeMap;
@@ -149,10 +147,9 @@ struct Session {
 impl ServeStage {
     /// Loads `range` from its part files, in the order of parts.
     ///
-    /// On the CPU `weights` says in which form matrices are kept and multiplied. Any other device computes a plain Llama as
-    /// it can, whatever `weights` says: a graphics device with packed weights where it multiplies all of their types, and
-    /// otherwise in tensors, where matrices are widened to f32, four bytes a parameter. Other families compute on the CPU
-    /// whatever the device is.
+    /// On the CPU `weights` says in which form matrices are kept and multiplied. A graphics device keeps them as they are
+    /// stored, whatever `weights` says. What exceeds the device's limits the CPU computes, and the log says why; so it does
+    /// where a device runs no kernels of ours.
     ///
     /// The last stage of a model whose projection is its embedding needs it too, unless it is also the first: the head's
     /// file holds it as `lm_head.weight`, or the embedding's file is given after the rest.
@@ -175,13 +172,9 @@ impl ServeStage {
                 blocks: config.blocks,
             });
         }
-        // What is uploaded is widened on its way; until then it may stay where it is.
-        let form = match Engine::in_tensors(&config, device) {
-            true => Weights::Packed,
-            false => weights,
-        };
-        let read = StageWeights::read(&config, range, part_files, form)?;
-        Self::with(config, range, read, device)
+        let read = |form| StageWeights::read(&config, range, part_files, form);
+        let engine = Engine::new(&config, range, weights, device, read)?;
+        Ok(Self::with(config, range, engine, device))
     }
 
     /// Loads a whole model straight from a GGUF file or a Hugging Face folder, and gives its `tokenizer.json` too.
@@ -193,8 +186,8 @@ impl ServeStage {
         let source = open_model(source).map_err(StageError::part)?;
         let config = Config::from_json(&source.config_json)?;
         let range = BlockRange::whole(config.blocks);
-        let read = StageWeights::from_tensors(&config, range, &*source.tensors, form)?;
-        Ok((Self::with(config, range, read, device)?, source.tokenizer_json))
+        let stage = Self::of(config, range, &*source.tensors, form, device)?;
+        Ok((stage, source.tokenizer_json))
     }
 
     /// Loads a whole model from its tensors, widened.
@@ -210,13 +203,24 @@ impl ServeStage {
         tensors: &dyn Tensors,
         device: &Device,
     ) -> Result<Self, StageError> {
-        let read = StageWeights::from_tensors(&config, range, tensors, Weights::F32)?;
-        Self::with(config, range, read, device)
+        Self::of(config, range, tensors, Weights::F32, device)
     }
 
-    fn with(config: Config, range: BlockRange, read: StageWeights, device: &Device) -> Result<Self, StageError> {
+    fn of(
+        config: Config,
+        range: BlockRange,
+        tensors: &dyn Tensors,
+        form: Weights,
+        device: &Device,
+    ) -> Result<Self, StageError> {
+        let read = |form| StageWeights::from_tensors(&config, range, tensors, form);
+        let engine = Engine::new(&config, range, form, device, read)?;
+        Ok(Self::with(config, range, engine, device))
+    }
+
+    fn with(config: Config, range: BlockRange, engine: Engine, device: &Device) -> Self {
         let mut stage = Self {
-            engine: Engine::new(&config, range, read, device)?,
+            engine,
             config,
             range,
             sessions: BTreeMap::new(),
@@ -224,7 +228,12 @@ impl ServeStage {
             cache_bytes_max: 0,
         };
         stage.set_cache_bytes_max(device.cache_bytes_max());
-        Ok(stage)
+        stage
+    }
+
+    /// Whether the CPU computes the stage, because it was asked to or because the device cannot.
+    pub fn is_on_cpu(&self) -> bool {
+        self.engine.is_on_cpu()
     }
 
     /// Bytes that the weights take.
@@ -264,22 +273,21 @@ impl ServeStage {
         self.engine.set_cache_bytes_max(bytes);
     }
 
-    /// Bytes that the caches of all sessions take now: in pages those of the positions that they hold, ended sessions
-    /// included, in tensors those of their contexts.
+    /// Bytes that the caches of all sessions take now: those of the positions that they hold, ended sessions included.
     pub fn cache_bytes(&self) -> u64 {
-        self.engine.cache_bytes().unwrap_or(self.cache_bytes)
+        self.engine.cache_bytes()
     }
 
-    /// Opens a session that is sure of room for its context. In pages the room is taken as positions come, so a device may
-    /// still say that it has none. A session that is open already starts anew.
+    /// Opens a session that is sure of room for its context. The room is taken as positions come, so a device may still say
+    /// that it has none. A session that is open already starts anew.
     ///
     /// # Errors
     ///
-    /// [`StageError::Context`], [`StageError::Memory`], [`StageError::Full`], or what the device says.
+    /// [`StageError::Context`], [`StageError::Memory`], [`StageError::Full`].
     pub fn open_session(&mut self, session: u64, context_tokens_max: u32) -> Result<(), StageError> {
         self.close_session(session);
         let bytes = self.admit(context_tokens_max)?;
-        self.engine.open(session, context_tokens_max as usize, bytes)?;
+        self.engine.open(session);
         self.seat(session, context_tokens_max, bytes, 0);
         Ok(())
     }
@@ -289,8 +297,7 @@ impl ServeStage {
     /// writes to one takes a copy.
     ///
     /// Tells how many positions the session has: fewer where the other has fewer, and none where it is gone or its recurrent
-    /// state cannot go back so far, or where caches are not held in pages: in tensors. They are the caller's to check: that
-    /// session must have had the same input there.
+    /// state cannot go back so far. They are the caller's to check: that session must have had the same input there.
     ///
     /// # Errors
     ///
@@ -308,8 +315,8 @@ impl ServeStage {
         self.close_session(session);
         let bytes = self.admit(context_tokens_max)?;
         let reached = self.sessions.get(&from).map_or(0, |from| from.reached as usize);
-        let (room, positions) = (context_tokens_max as usize, positions.min(context_tokens_max) as usize);
-        let taken = self.engine.open_from(session, room, bytes, from, reached, positions)?;
+        let positions = positions.min(context_tokens_max) as usize;
+        let taken = self.engine.open_from(session, from, reached, positions);
         let taken = taken as u32; // At most `positions`.
         self.seat(session, context_tokens_max, bytes, taken);
         Ok(taken)
@@ -328,7 +335,7 @@ impl ServeStage {
         self.open_session_from(session, context_tokens_max, from, source.reached)
     }
 
-    /// Forgets what a session holds from `position` on, and frees its room where it is held in pages.
+    /// Forgets what a session holds from `position` on, and frees its room.
     ///
     /// # Errors
     ///
@@ -414,8 +421,7 @@ impl ServeStage {
         Ok(output)
     }
 
-    /// Runs some positions of several sessions as one batch, unless they are held in tensors: each weight is read once for all
-    /// of them. On the CPU each session gets the bits that it would get alone. Outputs come in the order of `steps`.
+    /// Runs some positions of several sessions as one batch: each weight is read once for all of them. On the CPU each session gets the bits that it would get alone. Outputs come in the order of `steps`.
     ///
     /// # Errors
     ///

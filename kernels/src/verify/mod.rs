@@ -43,6 +43,8 @@ pub struct Report {
     pub case: String,
     /// The model's family.
     pub family: String,
+    /// Which device served.
+    pub served_on: String,
     /// What was compared, in order.
     pub quantities: Vec<Quantity>,
 }
@@ -97,26 +99,49 @@ impl Measure {
     }
 }
 
-/// Compares the model in `folder` with the cases beside it. The serving engine and chains of stages, which are equal to
-/// the bit there alone, compute on the CPU, the training engine on `device`.
+/// Compares the model in `folder` with the cases beside it: what the serving engine and the training engine compute on
+/// `device`, and chains of stages, which are equal to the bit on the CPU and near elsewhere.
 ///
 /// # Errors
 ///
 /// [`VerifyError`] where the model or its cases cannot be read; numbers that differ are no error but a [`Quantity`].
 pub fn verify(folder: &Path, device: &Device) -> Result<Report, VerifyError> {
+    compare(folder, device, Engines::Both)
+}
+
+/// As [`verify`], without training.
+///
+/// # Errors
+///
+/// As [`verify`].
+pub fn verify_serving(folder: &Path, device: &Device) -> Result<Report, VerifyError> {
+    compare(folder, device, Engines::Serving)
+}
+
+/// What is compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Engines {
+    Serving,
+    Both,
+}
+
+fn compare(folder: &Path, device: &Device, engines: Engines) -> Result<Report, VerifyError> {
     let text = cases::text(&folder.join("config.json"))?;
     let config = Config::from_json(&text)?;
     let cases = Cases::read(folder, &config)?;
     let tensors = open_folder(folder, &text)?;
     let mut tally = Tally::new(&cases);
     other_spelling(folder, &config, &mut tally)?;
-    let cpu = Device::cpu();
-    serving::compare(&config, &*tensors, &cases, &cpu, &mut tally)?;
-    training::compare(&config, &text, &*tensors, &cases, device, &mut tally)?;
-    stages::compare(&config, &text, &*tensors, &cases, &cpu, &mut tally)?;
+    let served_on = serving::compare(&config, &*tensors, &cases, device, &mut tally)?;
+    stages::compare_serving(&config, &*tensors, &cases, device, &mut tally)?;
+    if engines == Engines::Both {
+        training::compare(&config, &text, &*tensors, &cases, device, &mut tally)?;
+        stages::compare_training(&config, &text, &*tensors, &cases, &Device::cpu(), &mut tally)?;
+    }
     Ok(Report {
         case: cases.name.clone(),
         family: config.family.to_owned(),
+        served_on,
         quantities: tally.quantities,
     })
 }

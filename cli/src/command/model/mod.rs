@@ -96,7 +96,7 @@ enum Verb {
     Verify {
         /// The model's name or the beginning of its id, or a folder with config.json
         model: String,
-        /// Where the training engine computes a folder's cases: auto, cpu or wgpu
+        /// Where both engines compute a folder's cases: auto, cpu or wgpu
         #[arg(long, default_value = "cpu")]
         device: Choice,
     },
@@ -404,7 +404,13 @@ impl fmt::Display for Compared {
             .iter()
             .map(|quantity| quantity.name.chars().count());
         let width = width.max().unwrap_or(0).max(8);
-        writeln!(f, "`{}`, family {}", self.report.case, self.report.family)?;
+        let Report {
+            case,
+            family,
+            served_on,
+            ..
+        } = &self.report;
+        writeln!(f, "`{case}`, family {family}, served on {served_on}")?;
         writeln!(
             f,
             "  {:width$}  {:>9}  {:>9}  {:>9}",

@@ -3,24 +3,29 @@
 use cubecl::prelude::*;
 
 use super::memory::{one_cube_each, size, small, units};
-use super::{Cost, CubeError, Cubes, Floats, Places, UNITS};
+use super::{ChosenPositions, Cost, CubeError, Cubes, Floats, Places, UNITS};
 
-/// The sizes of an attention.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What an attention is.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionShape {
     /// Heads of queries.
     pub heads: usize,
     /// Heads of keys and values; divides `heads`.
     pub kv_heads: usize,
-    /// Elements of one head, at most 1,024.
+    /// Elements of one head, at most [`HEAD_DIM_MAX`].
     pub head_dim: usize,
+    /// Positions that a query sees, itself included; `None` for all before it.
+    pub window: Option<usize>,
+    /// What scores are multiplied by.
+    pub scale: f32,
 }
 
 /// What shared memory is for in the smallest of devices, two heads of it.
-const HEAD_DIM_MAX: usize = 1_024;
+pub const HEAD_DIM_MAX: usize = 1_024;
 
-/// One cube for each head of each query, whose session's pages begin in `tables` where `seen` says. Positions come in tiles of one for each unit: the units score a position each,
-/// and then sum up an element of the answer each. What was summed up is scaled whenever a tile has a larger score.
+/// One cube for each head of each query, whose session's pages begin in `tables` where `seen` says. Positions come in tiles
+/// of one for each unit: the units score a position each, and then sum up an element of the answer each. What was summed up
+/// is scaled whenever a tile has a larger score.
 #[cube(launch)]
 fn attend(
     q: &[f32],
@@ -28,13 +33,17 @@ fn attend(
     values: &[f32],
     tables: &[u32],
     seen: &[u32],
+    chosen: &[u32],
     out: &mut [f32],
     queries: u32,
     heads: u32,
     kv_heads: u32,
+    window: u32,
+    top: u32,
     scale: f32,
     #[comptime] head_dim: u32,
     #[comptime] page: u32,
+    #[comptime] chooses: bool,
     #[comptime] units: u32,
 ) {
     let mut query = Shared::<[f32]>::new_slice(head_dim as usize);
@@ -45,7 +54,13 @@ fn attend(
     let row = CUBE_POS as u32;
     if row < queries * heads {
         let head = row % heads;
-        let visible = seen[(row / heads * 2u32) as usize];
+        let mut visible = seen[(row / heads * 2u32) as usize];
+        if comptime!(chooses) {
+            // Those chosen, which are numbered from 0 on.
+            if visible > top {
+                visible = top;
+            }
+        }
         let table = seen[(row / heads * 2u32 + 1u32) as usize];
         let kv = head / (heads / kv_heads);
         let mut element = UNIT_POS;
@@ -57,13 +72,20 @@ fn attend(
         sync_cube();
         let mut largest = f32::new(-1e30f32);
         let mut total = f32::new(0.0f32);
-        let mut tile = 0u32;
+        let mut tile = 0u32.runtime();
+        if visible > window {
+            tile = visible - window;
+        }
         while tile < visible {
             let other = tile + UNIT_POS;
             let mut score = f32::new(-1e30f32);
             if other < visible {
                 score = f32::new(0.0f32);
-                let place = tables[(table + other / page) as usize] * page + other % page;
+                let mut position = other;
+                if comptime!(chooses) {
+                    position = chosen[(row / heads * top + other) as usize];
+                }
+                let place = tables[(table + position / page) as usize] * page + position % page;
                 places[UNIT_POS as usize] = place;
                 let key = (place * kv_heads + kv) * head_dim;
                 for element in 0..head_dim {
@@ -134,11 +156,50 @@ impl Cubes {
         values: &Floats,
         places: &Places,
     ) -> Result<Floats, CubeError> {
+        self.attend_as(shape, q, keys, values, places, None)
+    }
+
+    /// As [`Cubes::attend`], to chosen positions alone and whatever the window.
+    ///
+    /// # Errors
+    ///
+    /// As [`Cubes::attend`].
+    pub fn attend_to_chosen(
+        &self,
+        shape: AttentionShape,
+        q: &Floats,
+        keys: &Floats,
+        values: &Floats,
+        places: &Places,
+        chosen: &ChosenPositions,
+    ) -> Result<Floats, CubeError> {
+        let shape = AttentionShape { window: None, ..shape };
+        self.attend_as(shape, q, keys, values, places, Some(chosen))
+    }
+
+    fn attend_as(
+        &self,
+        shape: AttentionShape,
+        q: &Floats,
+        keys: &Floats,
+        values: &Floats,
+        places: &Places,
+        chosen: Option<&ChosenPositions>,
+    ) -> Result<Floats, CubeError> {
         let AttentionShape {
             heads,
             kv_heads,
             head_dim,
+            window,
+            scale,
         } = shape;
+        if window == Some(0) {
+            return Err(CubeError::Range {
+                what: "a window",
+                value: 0,
+                limit: "a position or more",
+            });
+        }
         if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
             return Err(CubeError::Range {
                 what: "heads",
@@ -157,6 +218,9 @@ impl Cubes {
         q.check("queries", size("queries", &[queries, heads, head_dim])?)?;
         places.check(keys, size("a key", &[kv_heads, head_dim])?)?;
         values.check("values", keys.len())?;
+        if let Some(chosen) = chosen {
+            chosen.check(places)?;
+        }
         let out = self.room(q.len());
         if queries > 0 {
             attend::launch(
@@ -168,13 +232,17 @@ impl Cubes {
                 values.argument(),
                 places.tables().argument(),
                 places.seen().argument(),
+                chosen.map_or(places.seen(), ChosenPositions::numbers).argument(),
                 out.argument(),
                 small(queries),
                 small(heads),
                 small(kv_heads),
-                1.0 / (head_dim as f32).sqrt(),
+                window.map_or(u32::MAX, small),
+                chosen.map_or(0, |chosen| small(chosen.top())),
+                scale,
                 small(head_dim),
                 small(places.page_positions()),
+                chosen.is_some(),
                 UNITS,
             );
         }
@@ -184,15 +252,17 @@ impl Cubes {
 
 impl Cost {
     /// Of [`Cubes::attend`] for queries of one session: each key and value read once, and what each query sees computed on.
-    pub const fn attend(shape: AttentionShape, queries: usize, position: usize) -> Self {
+    pub fn attend(shape: AttentionShape, queries: usize, position: usize) -> Self {
         let AttentionShape {
             heads,
             kv_heads,
             head_dim,
+            ..
         } = shape;
-        let seen = queries * position + queries * (queries + 1) / 2;
+        let window = shape.window.unwrap_or(usize::MAX);
+        let seen: usize = (position + 1..=position + queries).map(|seen| seen.min(window)).sum();
         let out = queries * heads * head_dim;
-        let cache = 2 * (position + queries) * kv_heads * head_dim;
+        let cache = 2 * (position + queries).min(window.saturating_add(queries)) * kv_heads * head_dim;
         Self::new(4 * (out + cache), 4 * out, seen * heads * (4 * head_dim + 4) + 2 * out)
     }
 }

@@ -33,7 +33,7 @@ pub enum CubeError {
         value: usize,
         limit: &'static str,
     },
-    #[error("no kernel multiplies {ty} packed")]
+    #[error("no kernel multiplies {ty} as it is stored")]
     Type { ty: &'static str },
     #[error("the device failed: {reason}")]
     Device { reason: String },
@@ -142,6 +142,11 @@ impl<T> Elements<T> {
 
     pub(super) fn handle(&self) -> &Handle {
         &self.handle
+    }
+
+    /// The same memory, read as words.
+    pub(super) fn as_words(&self) -> Words {
+        Elements::new(self.handle.clone(), self.len)
     }
 
     pub(super) fn argument(&self) -> BufferArg {

@@ -1,26 +1,31 @@
 //! Our own kernels for devices behind a graphics driver: one source in CubeCL, made at run time for Vulkan, Metal or DX12.
 //!
 //! - [`Cubes`]: the device's queue, and memory on it.
-//! - Kernels: [`Cubes::add_and_normalise`], [`Cubes::rotate`], [`Cubes::gate`], [`Cubes::append`], [`Cubes::attend`],
-//!   [`Cubes::multiply`], [`Cubes::quantise`] and [`Cubes::dequantise`], [`Cubes::encode_sparsely`], [`Cubes::adamw`],
-//!   [`SquareSums`], [`Cubes::attend_sequences`] and [`Cubes::attend_sequences_backward`].
+//! - Kernels for serving: [`Cubes::add_and_normalise`], [`Cubes::rotate`], [`Cubes::activate`], [`Cubes::append`],
+//!   [`Cubes::attend`] and [`Cubes::score_positions`], [`Cubes::multiply`] and [`Cubes::multiply_heads`], [`Cubes::gather`] and
+//!   [`Cubes::add_to_rows`].
+//! - For training and its exchange: [`Cubes::attend_sequences`] and [`Cubes::attend_sequences_backward`], [`SquareSums`],
+//!   [`Cubes::adamw`], [`Cubes::encode_sparsely`]; of activations: [`Cubes::quantise`] and [`Cubes::dequantise`].
 //! - [`Cost`]: the bytes and operations of each, counted, to say how far one is from what a device can.
 //!
 //! Shapes are checked before anything is launched: a kernel that reads beyond its memory gives zeros or the end of the
 //! device, not an error.
 
+mod activation;
 mod adamw;
 mod attention;
 mod attention_training;
+mod choose;
 mod copy;
 mod cost;
-mod gate;
+mod heads;
 mod int8;
 mod memory;
 mod normalise;
-mod packed;
 mod places;
+mod product;
 mod rotate;
+mod rows;
 mod sparse;
 mod square_sums;
 mod tensors;
@@ -30,14 +35,20 @@ mod tensors;
 )]
 mod tiles;
 
+pub use activation::Activation;
 pub use adamw::AdamWStep;
-pub use attention::AttentionShape;
+pub use attention::{AttentionShape, HEAD_DIM_MAX};
 pub use attention_training::{Attended, SequenceAttention};
+pub use choose::{ChosenPositions, ScoredHeads};
 pub use cost::Cost;
+pub use heads::Columns;
 pub use int8::Int8OnDevice;
 pub use memory::{CubeError, Cubes, Elements, Floats, Words};
-pub use packed::PackedOnDevice;
+pub use normalise::NormOnDevice;
 pub use places::{PagedRows, Places};
+pub use product::WeightOnDevice;
+pub use rotate::{Rotated, Turns};
+pub use rows::PickedRows;
 pub use square_sums::SquareSums;
 pub(crate) use tensors::Primitive;
 

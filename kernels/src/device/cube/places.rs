@@ -20,7 +20,8 @@ pub struct PagedRows<'a> {
 #[derive(Debug)]
 pub struct Places {
     page_positions: usize,
-    rows: usize,
+    /// Of each row, how many positions it sees.
+    visible: Vec<usize>,
     /// Pages up to here are named.
     pages_end: usize,
     /// All sessions' pages.
@@ -34,7 +35,11 @@ pub struct Places {
 impl Places {
     /// How many rows.
     pub const fn rows(&self) -> usize {
-        self.rows
+        self.visible.len()
+    }
+
+    pub(super) fn visible(&self) -> &[usize] {
+        &self.visible
     }
 
     pub(super) const fn page_positions(&self) -> usize {
@@ -88,7 +93,7 @@ impl Cubes {
                 limit: "a position or more",
             });
         }
-        let (mut tables, mut seen, mut own) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut tables, mut seen, mut own, mut visible) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for session in sessions {
             let PagedRows { pages, position, rows } = *session;
             let end = position.saturating_add(rows);
@@ -104,6 +109,7 @@ impl Cubes {
                 let page = pages.get(position / page_positions).copied().unwrap_or_default();
                 let first = size("a place", &[page as usize, page_positions])?;
                 own.push(small(size("a place", &[first + position % page_positions])?));
+                visible.push(position + 1);
                 seen.extend([small(size("a position", &[position + 1])?), table]);
             }
             tables.extend_from_slice(pages);
@@ -111,7 +117,7 @@ impl Cubes {
         let pages_end = tables.iter().max().map_or(0, |page| *page as usize + 1);
         Ok(Places {
             page_positions,
-            rows: own.len(),
+            visible,
             pages_end,
             tables: self.upload(&tables),
             seen: self.upload(&seen),
@@ -129,7 +135,7 @@ impl Cubes {
     ///
     /// [`CubeError`] where the cache has no such pages, or `new` has not these rows.
     pub fn append(&self, new: &Floats, cache: &Floats, places: &Places, width: usize) -> Result<(), CubeError> {
-        new.check("new rows", size("new rows", &[places.rows, width])?)?;
+        new.check("new rows", size("new rows", &[places.rows(), width])?)?;
         places.check(cache, width)?;
         if !new.is_empty() {
             append::launch(

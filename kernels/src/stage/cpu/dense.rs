@@ -51,7 +51,7 @@ pub(super) fn together<const COUNT: usize>(x: &[f32], n: usize, layers: [(&Dense
 }
 
 /// A norm over the last axis.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(in crate::stage) struct LoadedNorm {
     kind: NormKind,
     gain: Vec<f32>,
@@ -69,8 +69,21 @@ impl LoadedNorm {
     }
 
     /// What each channel is multiplied by.
+    #[cfg(feature = "gpu")]
     pub(in crate::stage) fn gain(&self) -> &[f32] {
         &self.gain
+    }
+
+    /// What is added to each channel, where the mean is taken away first.
+    #[cfg(feature = "gpu")]
+    pub(in crate::stage) fn bias(&self) -> Option<&[f32]> {
+        self.kind.centred.then_some(&self.bias)
+    }
+
+    /// What is added to the mean square.
+    #[cfg(feature = "gpu")]
+    pub(in crate::stage) const fn epsilon(&self) -> f32 {
+        self.kind.epsilon
     }
 
     /// Norms each row of `x`.
@@ -82,7 +95,7 @@ impl LoadedNorm {
     }
 
     /// As [`LoadedNorm::apply`], into memory of its own.
-    pub(super) fn of(&self, x: &[f32]) -> Vec<f32> {
+    pub(in crate::stage) fn of(&self, x: &[f32]) -> Vec<f32> {
         let mut out = vec![0.0; x.len()];
         self.apply(&mut out, x);
         out

@@ -10,7 +10,7 @@ use super::experts::{ExpertWeights, Routing};
 use super::grouped::{Attending, GroupedWeights};
 use super::latent::{LatentCache, LatentWeights};
 use super::mamba::MambaWeights;
-use super::matrix::product_finely;
+use super::matrix::{Matrix, product_finely};
 use super::mlp::MlpWeights;
 use super::pages::Memory;
 use super::sequence::{self, Kept, Sequence};
@@ -66,14 +66,29 @@ pub(crate) struct Trace {
 }
 
 impl LoadedMixer {
-    pub(in crate::stage) fn bytes(&self) -> u64 {
+    /// All matrices.
+    pub(in crate::stage) fn matrices(&self) -> Vec<&Matrix> {
         match self {
-            Self::Attention(weights) => weights.bytes(),
-            Self::Latent(weights) => weights.bytes(),
-            Self::Mlp(weights) => weights.bytes(),
-            Self::Experts(weights) => weights.bytes(),
-            Self::Mamba(weights) => weights.bytes(),
+            Self::Attention(weights) => weights.matrices().collect(),
+            Self::Latent(weights) => weights.matrices().collect(),
+            Self::Mlp(weights) => weights.matrices().collect(),
+            Self::Experts(weights) => weights.matrices().collect(),
+            Self::Mamba(weights) => weights.matrices().collect(),
         }
+    }
+
+    /// Elements that are multiplied with and always in f32.
+    pub(in crate::stage) fn plain_floats(&self) -> usize {
+        match self {
+            Self::Latent(weights) => weights.kv_up.len(),
+            Self::Mamba(weights) => weights.recurrence.convolution_len(),
+            Self::Attention(_) | Self::Mlp(_) | Self::Experts(_) => 0,
+        }
+    }
+
+    pub(in crate::stage) fn bytes(&self) -> u64 {
+        let matrices: u64 = self.matrices().into_iter().map(Matrix::bytes).sum();
+        matrices + 4 * self.plain_floats() as u64
     }
 }
 
@@ -214,15 +229,9 @@ impl Engine {
 
     /// The embeddings of tokens, `[seq, hidden]`, at a stage with them.
     pub(in crate::stage) fn embed(&self, tokens: &[u32]) -> Vec<f32> {
-        let hidden = self.config.hidden;
-        let mut x = vec![0.0; tokens.len() * hidden];
+        let mut x = vec![0.0; tokens.len() * self.config.hidden];
         if let Some(embedding) = &self.weights.embedding {
-            for (token, x) in tokens.iter().zip(x.chunks_exact_mut(hidden)) {
-                embedding.row(*token as usize, x);
-            }
-        }
-        if self.config.embedding_scale != 1.0 {
-            x.iter_mut().for_each(|x| *x *= self.config.embedding_scale);
+            embedding.rows_of(tokens, self.config.embedding_scale, &mut x);
         }
         x
     }

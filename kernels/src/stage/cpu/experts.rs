@@ -3,6 +3,7 @@
 
 use super::dense::Dense;
 use super::elementwise::{add, sigmoid, softmax};
+use super::matrix::Matrix;
 use super::mlp::MlpWeights;
 use crate::model::describe::Experts;
 use crate::model::routing::{Rule, Score};
@@ -12,12 +13,21 @@ use crate::stage::weights::PartReader;
 /// The weights of a mixture.
 #[derive(Debug)]
 pub(in crate::stage) struct ExpertWeights {
-    router: Dense,
+    pub(in crate::stage) router: Dense,
+    pub(in crate::stage) choice: Choice,
+    pub(in crate::stage) latent: Option<(Dense, Dense)>,
+    pub(in crate::stage) experts: Vec<MlpWeights>,
+    pub(in crate::stage) shared: Option<MlpWeights>,
+}
+
+/// How a router's numbers become weights of experts.
+#[derive(Debug, Clone)]
+pub(in crate::stage) struct Choice {
+    /// Added to scores for the choice alone; empty where there is none.
     correction: Vec<f32>,
     rule: Rule,
-    latent: Option<(Dense, Dense)>,
-    experts: Vec<MlpWeights>,
-    shared: Option<MlpWeights>,
+    /// Experts.
+    count: usize,
 }
 
 /// What a router did with some rows.
@@ -37,26 +47,31 @@ impl ExpertWeights {
         let shared = shape.shared.as_ref().map(|mlp| MlpWeights::read(reader, mlp));
         Ok(Self {
             router: reader.dense(&shape.router.weight)?,
-            correction: match shape.router.correction {
-                Some(slot) => reader.vector(slot)?,
-                None => Vec::new(),
+            choice: Choice {
+                correction: match shape.router.correction {
+                    Some(slot) => reader.vector(slot)?,
+                    None => Vec::new(),
+                },
+                rule: shape.router.rule,
+                count: shape.experts.len(),
             },
-            rule: shape.router.rule,
             latent: latent.transpose()?,
             experts: experts.collect::<Result<_, _>>()?,
             shared: shared.transpose()?,
         })
     }
 
-    pub(super) fn bytes(&self) -> u64 {
-        let mlps = self.experts.iter().chain(&self.shared).map(MlpWeights::bytes);
-        mlps.sum::<u64>() + self.router.weight.bytes()
+    /// All that is multiplied with.
+    pub(super) fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        let latent = self.latent.iter().flat_map(|(down, up)| [down, up]);
+        let denses = latent.chain([&self.router]).map(|dense| &dense.weight);
+        let perceptrons = self.experts.iter().chain(&self.shared);
+        denses.chain(perceptrons.flat_map(MlpWeights::matrices))
     }
 
     /// Of `n` rows; `seen` takes what the router did.
     pub(super) fn forward(&self, x: &[f32], n: usize, out: &mut [f32], seen: Option<&mut Routing>) {
-        let scores = self.scores(x, n);
-        let weights = self.weights(&scores);
+        let Routing { weights, scores } = self.choice.of(self.router.of(x, n));
         out.fill(0.0);
         match &self.latent {
             None => self.mix(x, n, &weights, out),
@@ -76,29 +91,6 @@ impl ExpertWeights {
             seen.weights.extend(&weights);
             seen.scores.extend(&scores);
         }
-    }
-
-    fn scores(&self, x: &[f32], n: usize) -> Vec<f32> {
-        let mut scores = self.router.of(x, n);
-        for row in scores.chunks_exact_mut(self.experts.len()) {
-            match self.rule.score {
-                Score::Softmax => softmax(row),
-                Score::Sigmoid => row.iter_mut().for_each(|score| *score = sigmoid(*score)),
-            }
-        }
-        scores
-    }
-
-    fn weights(&self, scores: &[f32]) -> Vec<f32> {
-        let count = self.experts.len();
-        let mut weights = vec![0.0; scores.len()];
-        for (scores, weights) in scores.chunks_exact(count).zip(weights.chunks_exact_mut(count)) {
-            let chosen = self.rule.choose(scores, &self.correction);
-            for (expert, weight) in chosen.iter().zip(self.rule.weights(scores, &chosen)) {
-                weights[*expert] = weight;
-            }
-        }
-        weights
     }
 
     /// Adds what the experts of each row make of it.
@@ -123,5 +115,27 @@ impl ExpertWeights {
                 }
             }
         }
+    }
+}
+
+impl Choice {
+    /// What becomes of a router's numbers, `[rows, experts]`.
+    pub(in crate::stage) fn of(&self, logits: Vec<f32>) -> Routing {
+        let mut scores = logits;
+        let mut weights = vec![0.0; scores.len()];
+        let rows = scores
+            .chunks_exact_mut(self.count)
+            .zip(weights.chunks_exact_mut(self.count));
+        for (scores, weights) in rows {
+            match self.rule.score {
+                Score::Softmax => softmax(scores),
+                Score::Sigmoid => scores.iter_mut().for_each(|score| *score = sigmoid(*score)),
+            }
+            let chosen = self.rule.choose(scores, &self.correction);
+            for (expert, weight) in chosen.iter().zip(self.rule.weights(scores, &chosen)) {
+                weights[*expert] = weight;
+            }
+        }
+        Routing { weights, scores }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::attention::{Cache, Shape};
 use super::dense::{Dense, LoadedNorm, together};
 use super::elementwise::Turns;
+use super::matrix::Matrix;
 use super::pages::Page;
 use crate::model::describe::Attention;
 use crate::stage::StageError;
@@ -13,13 +14,13 @@ use crate::stage::weights::PartReader;
 /// The weights of one block's attention.
 #[derive(Debug)]
 pub(in crate::stage) struct GroupedWeights {
-    shape: Attention,
+    pub(in crate::stage) shape: Attention,
     pub(in crate::stage) q: Dense,
     pub(in crate::stage) k: Dense,
     pub(in crate::stage) v: Dense,
     pub(in crate::stage) o: Dense,
-    q_norm: Option<LoadedNorm>,
-    k_norm: Option<LoadedNorm>,
+    pub(in crate::stage) q_norm: Option<LoadedNorm>,
+    pub(in crate::stage) k_norm: Option<LoadedNorm>,
 }
 
 impl GroupedWeights {
@@ -36,11 +37,11 @@ impl GroupedWeights {
         })
     }
 
-    pub(super) fn bytes(&self) -> u64 {
+    /// All that is multiplied with.
+    pub(super) fn matrices(&self) -> impl Iterator<Item = &Matrix> {
         [&self.q, &self.k, &self.v, &self.o]
-            .map(|dense| dense.weight.bytes())
-            .iter()
-            .sum()
+            .into_iter()
+            .map(|dense| &dense.weight)
     }
 
     /// Numbers that are kept of a position.

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use super::dense::{Dense, LoadedNorm};
 use super::elementwise::Turns;
 use super::lanes::Level;
+use super::matrix::Matrix;
 use super::pages::{Page, written};
 use super::product::strip_product;
 use crate::model::describe::Indexer;
@@ -17,12 +18,12 @@ use crate::stage::weights::PartReader;
 
 /// The weights of one block's indexer.
 #[derive(Debug)]
-pub(super) struct IndexerWeights {
-    shape: Indexer,
-    q: Dense,
-    k: Dense,
-    k_norm: LoadedNorm,
-    weights: Dense,
+pub(in crate::stage) struct IndexerWeights {
+    pub(in crate::stage) shape: Indexer,
+    pub(in crate::stage) q: Dense,
+    pub(in crate::stage) k: Dense,
+    pub(in crate::stage) k_norm: LoadedNorm,
+    pub(in crate::stage) weights: Dense,
 }
 
 impl IndexerWeights {
@@ -36,11 +37,9 @@ impl IndexerWeights {
         })
     }
 
-    pub(super) fn bytes(&self) -> u64 {
-        [&self.q, &self.k, &self.weights]
-            .map(|dense| dense.weight.bytes())
-            .iter()
-            .sum()
+    /// All that is multiplied with.
+    pub(super) fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        [&self.q, &self.k, &self.weights].into_iter().map(|dense| &dense.weight)
     }
 
     pub(super) const fn head_dim(&self) -> usize {
@@ -124,8 +123,13 @@ impl IndexerWeights {
                 *score += weight * share * (product * scale).max(0.0);
             }
         }
-        let mut chosen = largest(scores.into_iter().enumerate(), top);
-        chosen.sort_unstable();
-        chosen
+        choose(&scores, top)
     }
+}
+
+/// The positions of the `top` largest scores, ascending; of equal scores the earlier.
+pub(in crate::stage) fn choose(scores: &[f32], top: usize) -> Vec<usize> {
+    let mut chosen = largest(scores.iter().copied().enumerate(), top);
+    chosen.sort_unstable();
+    chosen
 }

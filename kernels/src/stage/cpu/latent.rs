@@ -12,6 +12,7 @@ use super::dense::{Dense, LoadedNorm};
 use super::elementwise::{Turns, softmax};
 use super::indexer::IndexerWeights;
 use super::lanes::Level;
+use super::matrix::Matrix;
 use super::pages::{Page, written};
 use super::product::strip_product;
 use crate::model::describe::{LatentAttention, LatentQuery};
@@ -22,18 +23,19 @@ use crate::stage::weights::PartReader;
 /// The weights of one block's attention.
 #[derive(Debug)]
 pub(in crate::stage) struct LatentWeights {
-    shape: LatentAttention,
-    query: Query,
-    kv_down: Dense,
-    kv_norm: LoadedNorm,
+    pub(in crate::stage) shape: LatentAttention,
+    pub(in crate::stage) query: Query,
+    pub(in crate::stage) kv_down: Dense,
+    pub(in crate::stage) kv_norm: LoadedNorm,
     /// `[heads, nope + value, rank]`, widened: both its halves are multiplied from the other side.
-    kv_up: Vec<f32>,
-    o: Dense,
-    indexer: Option<IndexerWeights>,
+    pub(in crate::stage) kv_up: Vec<f32>,
+    pub(in crate::stage) o: Dense,
+    pub(in crate::stage) indexer: Option<IndexerWeights>,
 }
 
+/// Where queries come from.
 #[derive(Debug)]
-enum Query {
+pub(in crate::stage) enum Query {
     Direct(Dense),
     LowRank(Dense, LoadedNorm, Dense),
 }
@@ -69,13 +71,15 @@ impl LatentWeights {
         })
     }
 
-    pub(super) fn bytes(&self) -> u64 {
+    /// All that is multiplied with, besides what is widened.
+    pub(super) fn matrices(&self) -> impl Iterator<Item = &Matrix> {
         let query = match &self.query {
-            Query::Direct(dense) => dense.weight.bytes(),
-            Query::LowRank(down, _, up) => down.weight.bytes() + up.weight.bytes(),
+            Query::Direct(dense) => [Some(dense), None],
+            Query::LowRank(down, _, up) => [Some(down), Some(up)],
         };
-        let rest = self.kv_down.weight.bytes() + self.o.weight.bytes() + 4 * self.kv_up.len() as u64;
-        query + rest + self.indexer.as_ref().map_or(0, IndexerWeights::bytes)
+        let denses = query.into_iter().flatten().chain([&self.kv_down, &self.o]);
+        let indexer = self.indexer.iter().flat_map(IndexerWeights::matrices);
+        denses.map(|dense| &dense.weight).chain(indexer)
     }
 
     fn row(&self) -> usize {

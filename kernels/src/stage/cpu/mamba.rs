@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::dense::{Dense, LoadedNorm};
 use super::elementwise::{exp, silu, softplus};
+use super::matrix::Matrix;
 use crate::model::describe::Mamba;
 use crate::stage::StageError;
 use crate::stage::weights::PartReader;
@@ -17,8 +18,15 @@ pub(in crate::stage) const REWIND_POSITIONS: usize = 64;
 /// The weights of one mixer.
 #[derive(Debug)]
 pub(in crate::stage) struct MambaWeights {
+    pub(in crate::stage) in_proj: Dense,
+    pub(in crate::stage) recurrence: Recurrence,
+    pub(in crate::stage) out_proj: Dense,
+}
+
+/// What lies between a mixer's two projections. It is computed here even where those are on a device.
+#[derive(Debug, Clone)]
+pub(in crate::stage) struct Recurrence {
     shape: Mamba,
-    in_proj: Dense,
     /// `[channels, taps]`
     conv: Vec<f32>,
     conv_bias: Vec<f32>,
@@ -27,7 +35,6 @@ pub(in crate::stage) struct MambaWeights {
     a: Vec<f32>,
     d: Vec<f32>,
     norm: LoadedNorm,
-    out_proj: Dense,
 }
 
 /// One session's state after some position.
@@ -51,16 +58,36 @@ pub(in crate::stage) struct MambaState {
 
 impl MambaState {
     /// The earliest position after zero that the session can go back to.
-    pub(super) const fn earliest(&self) -> usize {
+    pub(in crate::stage) const fn earliest(&self) -> usize {
         self.base.position
     }
 }
 
 impl MambaWeights {
     pub(in crate::stage) fn read(reader: &PartReader<'_>, shape: &Mamba) -> Result<Self, StageError> {
-        let channels = shape.channels();
         Ok(Self {
             in_proj: reader.dense(&shape.in_proj)?,
+            recurrence: Recurrence::read(reader, shape)?,
+            out_proj: reader.dense(&shape.out_proj)?,
+        })
+    }
+
+    /// Both projections.
+    pub(super) fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        [&self.in_proj, &self.out_proj].into_iter().map(|dense| &dense.weight)
+    }
+
+    /// Of the `n` normed rows `x` at `position ..`, which the session has reached or can go back to.
+    pub(super) fn forward(&self, x: &[f32], n: usize, position: usize, state: &mut MambaState, out: &mut [f32]) {
+        let mixed = self.recurrence.forward(&self.in_proj.of(x, n), n, position, state);
+        self.out_proj.apply(&mixed, n, out);
+    }
+}
+
+impl Recurrence {
+    fn read(reader: &PartReader<'_>, shape: &Mamba) -> Result<Self, StageError> {
+        let channels = shape.channels();
+        Ok(Self {
             conv: reader.vector(shape.conv)?,
             conv_bias: match shape.conv_bias {
                 Some(slot) => reader.vector(slot)?,
@@ -74,17 +101,17 @@ impl MambaWeights {
                 .collect(),
             d: reader.vector(shape.d)?,
             norm: reader.norm(&shape.norm)?,
-            out_proj: reader.dense(&shape.out_proj)?,
             shape: shape.clone(),
         })
     }
 
-    pub(super) fn bytes(&self) -> u64 {
-        self.in_proj.weight.bytes() + self.out_proj.weight.bytes() + 4 * self.conv.len() as u64
+    /// Elements of the convolution.
+    pub(super) const fn convolution_len(&self) -> usize {
+        self.conv.len()
     }
 
     /// Bytes that a session takes, however long it is.
-    pub(super) const fn state_bytes(&self) -> u64 {
+    pub(in crate::stage) const fn state_bytes(&self) -> u64 {
         let shape = &self.shape;
         let moment = shape.inner() * shape.state + (shape.taps - 1) * shape.channels();
         let journal = 2 * REWIND_POSITIONS * (shape.channels() + shape.heads);
@@ -92,7 +119,7 @@ impl MambaWeights {
     }
 
     /// The state before the first position.
-    pub(super) fn start(&self) -> MambaState {
+    pub(in crate::stage) fn start(&self) -> MambaState {
         let moment = Moment {
             position: 0,
             state: vec![0.0; self.shape.inner() * self.shape.state],
@@ -105,11 +132,16 @@ impl MambaWeights {
         }
     }
 
-    /// Of the `n` normed rows `x` at `position ..`, which the session has reached or can go back to.
-    pub(super) fn forward(&self, x: &[f32], n: usize, position: usize, state: &mut MambaState, out: &mut [f32]) {
+    /// Of `n` projected rows at `position ..`, `[n, inner + channels + heads]`; the answer is `[n, inner]`.
+    pub(in crate::stage) fn forward(
+        &self,
+        projected: &[f32],
+        n: usize,
+        position: usize,
+        state: &mut MambaState,
+    ) -> Vec<f32> {
         let (inner, row) = (self.shape.inner(), self.row());
         self.go_back(position, state);
-        let projected = self.in_proj.of(x, n);
         let entering: Vec<f32> = projected
             .chunks_exact(inner + row)
             .flat_map(|projected| &projected[inner..])
@@ -125,7 +157,7 @@ impl MambaWeights {
             }
         }
         self.norm.apply_grouped(&mut mixed, inner / self.shape.groups);
-        self.out_proj.apply(&mixed, n, out);
+        mixed
     }
 
     /// What comes in at a position: channels and time steps.

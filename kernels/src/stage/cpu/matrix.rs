@@ -16,6 +16,14 @@ pub(in crate::stage) enum Matrix {
 #[derive(Debug)]
 pub(in crate::stage) struct PlainMatrix(Plain);
 
+impl PlainMatrix {
+    /// `[rows, cols]`
+    #[cfg(feature = "gpu")]
+    pub(in crate::stage) fn values(&self) -> &[f32] {
+        &self.0.data
+    }
+}
+
 impl Matrix {
     /// Widens.
     pub(in crate::stage) fn widened(packed: &PackedMatrix) -> Self {
@@ -56,6 +64,16 @@ impl Matrix {
         match self {
             Self::Plain(plain) => plain.0.cols,
             Self::Packed(packed) => packed.cols(),
+        }
+    }
+
+    /// Writes the embeddings of tokens, `[seq, cols]`, multiplied by `scale`.
+    pub(in crate::stage) fn rows_of(&self, tokens: &[u32], scale: f32, out: &mut [f32]) {
+        for (token, out) in tokens.iter().zip(out.chunks_exact_mut(self.cols())) {
+            self.row(*token as usize, out);
+        }
+        if scale != 1.0 {
+            out.iter_mut().for_each(|x| *x *= scale);
         }
     }
 

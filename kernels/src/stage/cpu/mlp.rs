@@ -2,6 +2,7 @@
 
 use super::dense::{Dense, together};
 use super::elementwise::{gelu_tanh, silu, softplus, squared_relu, swiglu, xielu};
+use super::matrix::Matrix;
 use crate::model::describe::{Activation, Mlp};
 use crate::stage::StageError;
 use crate::stage::weights::PartReader;
@@ -12,12 +13,12 @@ pub(in crate::stage) struct MlpWeights {
     pub(in crate::stage) gate: Option<Dense>,
     pub(in crate::stage) up: Dense,
     pub(in crate::stage) down: Dense,
-    activation: Function,
+    pub(in crate::stage) activation: Function,
 }
 
 /// An activation with its parameters read.
 #[derive(Debug, Clone, Copy)]
-enum Function {
+pub(in crate::stage) enum Function {
     Silu,
     GeluTanh,
     SquaredRelu,
@@ -54,9 +55,10 @@ impl MlpWeights {
         })
     }
 
-    pub(super) fn bytes(&self) -> u64 {
-        let gate = self.gate.as_ref().map_or(0, |gate| gate.weight.bytes());
-        gate + self.up.weight.bytes() + self.down.weight.bytes()
+    /// All that is multiplied with.
+    pub(super) fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        let denses = self.gate.iter().chain([&self.up, &self.down]);
+        denses.map(|dense| &dense.weight)
     }
 
     /// Width between the two layers.

@@ -20,11 +20,21 @@ pub(super) use dense::{Dense, LoadedNorm};
 pub(crate) use elementwise::{exp, expm1, softplus};
 pub(crate) use engine::Trace;
 pub(super) use engine::{Engine, LoadedMixer, LoadedSublayer};
+#[cfg(feature = "gpu")]
+pub(super) use experts::Choice;
 pub(super) use experts::ExpertWeights;
 pub(crate) use experts::Routing;
 pub(super) use grouped::GroupedWeights;
+#[cfg(feature = "gpu")]
+pub(super) use indexer::{IndexerWeights, choose};
 pub(super) use latent::LatentWeights;
+#[cfg(feature = "gpu")]
+pub(super) use latent::Query;
 pub(super) use mamba::MambaWeights;
+#[cfg(feature = "gpu")]
+pub(super) use mamba::{MambaState, Recurrence};
 pub(super) use matrix::Matrix;
+#[cfg(feature = "gpu")]
+pub(super) use mlp::Function;
 pub(super) use mlp::MlpWeights;
 pub(super) use sequence::Sequence;

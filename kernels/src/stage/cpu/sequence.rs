@@ -30,7 +30,7 @@ impl Sequence {
     pub(super) fn new<'a>(sublayers: impl Iterator<Item = &'a LoadedSublayer>) -> Self {
         let mut start = 0;
         let kept = sublayers.map(|sublayer| match &sublayer.mixer {
-            LoadedMixer::Mamba(weights) => Kept::Mamba(Box::new(weights.start())),
+            LoadedMixer::Mamba(weights) => Kept::Mamba(Box::new(weights.recurrence.start())),
             mixer => match position_floats(mixer) {
                 0 => Kept::Nothing,
                 floats => {
@@ -80,7 +80,7 @@ pub(super) fn pool<'a>(sublayers: impl Iterator<Item = &'a LoadedSublayer>) -> P
 /// Bytes of a sequence's states, however long it is.
 pub(super) fn state_bytes<'a>(sublayers: impl Iterator<Item = &'a LoadedSublayer>) -> u64 {
     let bytes = sublayers.map(|sublayer| match &sublayer.mixer {
-        LoadedMixer::Mamba(weights) => weights.state_bytes(),
+        LoadedMixer::Mamba(weights) => weights.recurrence.state_bytes(),
         _ => 0,
     });
     bytes.sum()

@@ -1,26 +1,29 @@
-//! Products with weights that stay packed on the device.
+//! Products with weights that are on the device as they are in their file: packed, halves or f32.
 
 use cubecl::prelude::*;
 
 use super::memory::{one_cube_each, size, small, units};
 use super::{Cost, CubeError, Cubes, Floats, UNITS, Words};
-use crate::quant::{DeviceBlocks, PackedMatrix, PackedType};
+use crate::quant::{DeviceBlocks, PackedMatrix};
 
 /// Units that share an output.
 const LANES: u32 = 16;
 /// Rows of activations that a cube takes: each word of a weight is read and taken apart once for all of them.
 const TILE: usize = 8;
 
-/// A weight `[rows, cols]` = `[out, in]` on the device, with the file's integers, in its file's bits or at most 8 of them.
+/// A weight `[rows, cols]` = `[out, in]` on the device: the file's integers, in its file's bits or at most 8 of them, or the
+/// file's floats.
 #[derive(Debug, Clone)]
-pub struct PackedOnDevice {
+pub struct WeightOnDevice {
+    /// See [`DeviceBlocks::quants`].
     quants: Words,
-    /// Of each unit of 32 elements: two halves of precision f16 each, or f32 scales and minima, see [`DeviceBlocks`].
+    /// See [`DeviceBlocks::scales`].
     scales: Words,
     rows: usize,
     cols: usize,
-    nibbles: bool,
+    word_elements: u32,
     fine: bool,
+    brain: bool,
 }
 
 /// An f16's bits as f32, subnormal numbers too. Weights have no infinities.
@@ -49,8 +52,9 @@ fn multiply(
     rows: u32,
     cols: u32,
     row_groups: u32,
-    #[comptime] nibbles: bool,
+    #[comptime] per_word: u32,
     #[comptime] fine: bool,
+    #[comptime] brain: bool,
     #[comptime] tile: usize,
     #[comptime] lanes: u32,
     #[comptime] units: u32,
@@ -61,41 +65,59 @@ fn multiply(
     for i in 0..tile {
         sums[i] = 0.0f32;
     }
-    let per_word = comptime!(if nibbles { 8u32 } else { 4u32 });
     let outputs = comptime!(units / lanes);
     let group = CUBE_POS as u32;
     let row = group % row_groups * outputs + UNIT_POS / lanes;
     let first = group / row_groups * comptime!(tile as u32);
     let lane = UNIT_POS % lanes;
     if row < rows {
-        let words = cols / per_word;
+        let words = (cols + comptime!(per_word - 1u32)) / per_word;
         let mut word = lane;
         while word < words {
             let bits = quants[(row * words + word) as usize];
-            let unit = (row * words + word) / comptime!(32u32 / per_word);
-            // Two scales, one for each half of the unit, and the minimum; or both in one word.
-            let second = word % comptime!(32u32 / per_word) / comptime!(16u32 / per_word);
-            let scale = if comptime!(fine) {
-                f32::reinterpret(scales[(unit * 3u32 + second) as usize])
-            } else {
-                half(scales[unit as usize] & 65_535u32)
-            };
-            let minimum = if comptime!(fine) {
-                f32::reinterpret(scales[(unit * 3u32 + 2u32) as usize])
-            } else {
-                half(scales[unit as usize] >> 16u32)
-            };
+            let mut scale = f32::new(1.0f32);
+            let mut minimum = f32::new(0.0f32);
+            if comptime!(per_word > 2u32) {
+                let unit = (row * words + word) / comptime!(32u32 / per_word);
+                if comptime!(fine) {
+                    // Two scales, one for each half of the unit, and the minimum.
+                    let second = word % comptime!(32u32 / per_word) / comptime!(16u32 / per_word);
+                    scale = f32::reinterpret(scales[(unit * 3u32 + second) as usize]);
+                    minimum = f32::reinterpret(scales[(unit * 3u32 + 2u32) as usize]);
+                } else {
+                    scale = half(scales[unit as usize] & 65_535u32);
+                    minimum = half(scales[unit as usize] >> 16u32);
+                }
+            }
             #[unroll]
             for e in 0..per_word {
                 let mut weight = minimum;
-                if comptime!(nibbles) {
+                if comptime!(per_word == 8u32) {
                     weight += scale * f32::cast_from((bits >> (e * 4u32)) & 15u32);
-                } else {
+                }
+                if comptime!(per_word == 4u32) {
                     // Bytes are kept with 128 added.
                     let byte = (bits >> (e * 8u32)) & 255u32;
                     weight += scale * (f32::cast_from(byte) - 128.0f32);
                 }
-                let column = word * per_word + e;
+                if comptime!(per_word == 2u32) {
+                    let own = (bits >> (e * 16u32)) & 65_535u32;
+                    if comptime!(brain) {
+                        weight = f32::reinterpret(own << 16u32);
+                    } else {
+                        weight = half(own);
+                    }
+                }
+                if comptime!(per_word == 1u32) {
+                    weight = f32::reinterpret(bits);
+                }
+                let mut column = word * per_word + e;
+                if comptime!(per_word == 2u32) {
+                    // A row of an odd number of halves ends with a zero, which anything finite may be multiplied by.
+                    if column >= cols {
+                        column = cols - 1u32;
+                    }
+                }
                 #[unroll]
                 for i in 0..tile {
                     // Rows beyond the last are the last again, and not written.
@@ -131,7 +153,7 @@ fn multiply(
     }
 }
 
-impl PackedOnDevice {
+impl WeightOnDevice {
     /// Outputs.
     pub const fn rows(&self) -> usize {
         self.rows
@@ -144,34 +166,57 @@ impl PackedOnDevice {
 
     /// Bytes on the device.
     pub const fn bytes(&self) -> usize {
-        4 * (self.quants.len() + self.scales.len())
+        let scales = if self.word_elements > 2 { self.scales.len() } else { 0 };
+        4 * (self.quants.len() + scales)
     }
 }
 
 impl Cubes {
-    /// Whether weights of a type are multiplied packed.
-    pub const fn multiplies(ty: PackedType) -> bool {
-        DeviceBlocks::holds(ty)
-    }
-
-    /// Brings a packed weight to the device. Its integers and scales are laid out anew, and not one is changed.
+    /// Brings a weight to the device as it is stored. Its integers, scales or floats are laid out anew, and not one is
+    /// changed.
     ///
     /// # Errors
     ///
-    /// [`CubeError`] for plain floats and for what has more than 2³² words.
-    pub fn upload_packed(&self, matrix: &PackedMatrix) -> Result<PackedOnDevice, CubeError> {
+    /// [`CubeError`] for types that [cannot be laid out](DeviceBlocks::holds), and for what has 2³² elements or more.
+    pub fn upload_weight(&self, matrix: &PackedMatrix) -> Result<WeightOnDevice, CubeError> {
         let (rows, cols) = (matrix.rows(), matrix.cols());
         size("a weight", &[rows, cols])?;
         let Some(blocks) = DeviceBlocks::of(matrix) else {
             return Err(CubeError::Type { ty: matrix.ty().name() });
         };
-        Ok(PackedOnDevice {
-            quants: self.upload(&blocks.quants),
-            scales: self.upload(&blocks.scales),
+        let quants = self.upload(&blocks.quants);
+        Ok(WeightOnDevice {
+            // Floats have no scales; a kernel must still be given something.
+            scales: match blocks.scales.is_empty() {
+                true => quants.clone(),
+                false => self.upload(&blocks.scales),
+            },
+            quants,
             rows,
             cols,
-            nibbles: blocks.nibbles,
+            word_elements: blocks.word_elements,
             fine: blocks.fine,
+            brain: blocks.brain,
+        })
+    }
+
+    /// Brings a weight `[rows, cols]` of f32 to the device.
+    ///
+    /// # Errors
+    ///
+    /// [`CubeError`] where `values` are not so many, or 2³² or more.
+    pub fn upload_floats(&self, values: &[f32], rows: usize, cols: usize) -> Result<WeightOnDevice, CubeError> {
+        let floats = self.upload(values);
+        floats.check("a weight", size("a weight", &[rows, cols])?)?;
+        let words = floats.as_words();
+        Ok(WeightOnDevice {
+            quants: words.clone(),
+            scales: words,
+            rows,
+            cols,
+            word_elements: 1,
+            fine: false,
+            brain: false,
         })
     }
 
@@ -184,7 +229,7 @@ impl Cubes {
     /// # Errors
     ///
     /// [`CubeError`] for other shapes.
-    pub fn multiply(&self, x: &Floats, weight: &PackedOnDevice) -> Result<Floats, CubeError> {
+    pub fn multiply(&self, x: &Floats, weight: &WeightOnDevice) -> Result<Floats, CubeError> {
         let n = x.len() / weight.cols.max(1);
         x.check("activations", size("activations", &[n, weight.cols])?)?;
         let out = self.room(size("products", &[n, weight.rows])?);
@@ -203,8 +248,9 @@ impl Cubes {
                 small(weight.rows),
                 small(weight.cols),
                 small(row_groups),
-                weight.nibbles,
+                weight.word_elements,
                 weight.fine,
+                weight.brain,
                 tile,
                 LANES,
                 UNITS,
@@ -216,7 +262,7 @@ impl Cubes {
 
 impl Cost {
     /// Of [`Cubes::multiply`] with `n` rows.
-    pub const fn multiply(weight: &PackedOnDevice, n: usize) -> Self {
+    pub const fn multiply(weight: &WeightOnDevice, n: usize) -> Self {
         let (rows, cols) = (weight.rows, weight.cols);
         Self::new(
             weight.bytes() + 4 * n * cols,

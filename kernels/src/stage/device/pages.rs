@@ -1,4 +1,4 @@
-//! Pages on a device: places in one buffer of keys and one of values for each block, which grow.
+//! Pages on a device: places in one buffer of keys and one of values for each attention, which grow.
 
 use crate::device::Device;
 use crate::device::cube::{CubeError, Cubes, Floats};
@@ -11,14 +11,22 @@ const PAGES_LEAST: usize = 8;
 /// What a kernel can count the elements of.
 const ELEMENTS_MAX: u64 = u32::MAX as u64;
 
-/// Keys and values of one block, `[pages, PAGE_POSITIONS, width]` each.
+/// Keys and values of one attention, `[pages, PAGE_POSITIONS, width]` each.
 #[derive(Debug)]
-pub(super) struct Block {
+pub(super) struct Cache {
     pub(super) keys: Floats,
     pub(super) values: Floats,
 }
 
-/// The number of a page in every block's buffers.
+/// Of one attention, the elements that are kept of a position.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Widths {
+    pub(super) keys: usize,
+    /// Where keys are values too, those by which positions are chosen.
+    pub(super) values: usize,
+}
+
+/// The number of a page in every attention's buffers.
 #[derive(Debug)]
 pub(in crate::stage) struct Place(u32);
 
@@ -33,9 +41,9 @@ impl Place {
 pub(in crate::stage) struct Pages {
     cubes: Cubes,
     device: Device,
-    blocks: Vec<Block>,
-    /// Of a position's keys, in elements.
-    width: usize,
+    caches: Vec<Cache>,
+    /// Of each cache.
+    widths: Vec<Widths>,
     /// For which there is room.
     room: usize,
     /// Places from here on have never been given out.
@@ -45,26 +53,25 @@ pub(in crate::stage) struct Pages {
 }
 
 impl Pages {
-    /// None yet, for so many blocks, with `width` elements of keys for each position, and as many of values.
-    pub(super) fn new(cubes: Cubes, device: Device, blocks: usize, width: usize) -> Self {
-        let none = || cubes.room(0);
-        let blocks = (0..blocks).map(|_| Block {
-            keys: none(),
-            values: none(),
-        });
+    /// None yet, for attentions that keep so much.
+    pub(super) fn new(cubes: Cubes, device: Device, widths: Vec<Widths>) -> Self {
+        let none = |_: &Widths| Cache {
+            keys: cubes.room(0),
+            values: cubes.room(0),
+        };
         Self {
-            blocks: blocks.collect(),
+            caches: widths.iter().map(none).collect(),
+            widths,
             cubes,
             device,
-            width,
             room: 0,
             next: 0,
             spare: Vec::new(),
         }
     }
 
-    pub(super) fn blocks(&self) -> &[Block] {
-        &self.blocks
+    pub(super) fn caches(&self) -> &[Cache] {
+        &self.caches
     }
 
     /// Bytes that a session of so many positions takes.
@@ -74,15 +81,20 @@ impl Pages {
             .saturating_mul(self.page_bytes())
     }
 
-    /// Bytes of as many pages as there can be: those of a block are one buffer.
+    /// Bytes of as many pages as there can be: those of an attention are one buffer.
     pub(in crate::stage) fn bytes_most(&self) -> u64 {
         self.most() as u64 * self.page_bytes()
     }
 
     fn most(&self) -> usize {
         let elements = (self.device.buffer_bytes_max() / 4).min(ELEMENTS_MAX);
-        let pages = elements / (PAGE_POSITIONS * self.width).max(1) as u64;
+        let pages = elements / (PAGE_POSITIONS * self.widest()).max(1) as u64;
         usize::try_from(pages).unwrap_or(usize::MAX)
+    }
+
+    fn widest(&self) -> usize {
+        let widths = self.widths.iter().map(|widths| widths.keys.max(widths.values));
+        widths.max().unwrap_or(0)
     }
 
     /// Twice the room, so that what is moved in all stays below what is there in the end.
@@ -90,8 +102,8 @@ impl Pages {
         let room = (2 * self.room).max(PAGES_LEAST).min(self.most());
         if room <= self.room {
             return Err(StageError::DeviceBuffer {
-                what: "a block's pages",
-                bytes: (self.room as u64 + 1) * (PAGE_POSITIONS * self.width * 4) as u64,
+                what: "an attention's pages",
+                bytes: (self.room as u64 + 1) * (PAGE_POSITIONS * self.widest() * 4) as u64,
                 limit: self.device.buffer_bytes_max(),
             });
         }
@@ -99,19 +111,19 @@ impl Pages {
         if !self.device.has_room(bytes) {
             return Err(StageError::DeviceMemory { what: "pages", bytes });
         }
-        let count = self.next * PAGE_POSITIONS * self.width;
-        let wider = |old: &Floats| -> Result<Floats, CubeError> {
-            let new = self.cubes.room(room * PAGE_POSITIONS * self.width);
-            self.cubes.copy(old, 0, &new, 0, count)?;
+        let held = self.next;
+        let wider = |old: &Floats, width: usize| -> Result<Floats, CubeError> {
+            let new = self.cubes.room(room * PAGE_POSITIONS * width);
+            self.cubes.copy(old, 0, &new, 0, held * PAGE_POSITIONS * width)?;
             Ok(new)
         };
-        let blocks = self.blocks.iter().map(|block| {
-            Ok(Block {
-                keys: wider(&block.keys)?,
-                values: wider(&block.values)?,
+        let caches = self.caches.iter().zip(&self.widths).map(|(cache, widths)| {
+            Ok(Cache {
+                keys: wider(&cache.keys, widths.keys)?,
+                values: wider(&cache.values, widths.values)?,
             })
         });
-        self.blocks = blocks.collect::<Result<_, CubeError>>()?;
+        self.caches = caches.collect::<Result<_, CubeError>>()?;
         self.room = room;
         Ok(())
     }
@@ -121,7 +133,8 @@ impl Store for Pages {
     type Page = Place;
 
     fn page_bytes(&self) -> u64 {
-        (self.blocks.len() * 2 * PAGE_POSITIONS * self.width * 4) as u64
+        let elements: usize = self.widths.iter().map(|widths| widths.keys + widths.values).sum();
+        (elements * PAGE_POSITIONS * 4) as u64
     }
 
     fn make(&mut self) -> Result<Place, StageError> {
@@ -137,12 +150,12 @@ impl Store for Pages {
     }
 
     fn copy(&mut self, from: &Place, to: &mut Place) -> Result<(), StageError> {
-        let page = PAGE_POSITIONS * self.width;
-        let (from, to) = (from.0 as usize * page, to.0 as usize * page);
-        for block in &self.blocks {
-            for buffer in [&block.keys, &block.values] {
-                let held = self.cubes.part(buffer, from, page)?;
-                self.cubes.copy(&held, 0, buffer, to, page)?;
+        let (from, to) = (from.0 as usize, to.0 as usize);
+        for (cache, widths) in self.caches.iter().zip(&self.widths) {
+            for (buffer, width) in [(&cache.keys, widths.keys), (&cache.values, widths.values)] {
+                let page = PAGE_POSITIONS * width;
+                let held = self.cubes.part(buffer, from * page, page)?;
+                self.cubes.copy(&held, 0, buffer, to * page, page)?;
             }
         }
         Ok(())
