@@ -68,7 +68,7 @@ impl GradientSums {
 #[derive(Debug)]
 pub(super) enum Engine {
     Cpu(cpu::Engine),
-    Graph(graph::Engine),
+    Graph(Box<graph::Engine>),
 }
 
 /// A micro-batch between its forward and its backward.
@@ -92,7 +92,7 @@ impl Engine {
     pub(super) fn new(config: &Config, layout: &Layout, range: BlockRange, device: &Device) -> Self {
         match device.is_cpu() && cpu::covers(config) {
             true => Self::Cpu(cpu::Engine::new(layout, range)),
-            false => Self::Graph(graph::Engine::new(device)),
+            false => Self::Graph(Box::new(graph::Engine::new(device))),
         }
     }
 

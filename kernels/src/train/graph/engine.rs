@@ -50,11 +50,10 @@ pub(in crate::train) struct Kept {
 }
 
 #[derive(Debug)]
-enum KeptBlock {
-    /// Input and output of its graph.
-    Graph(Tensor<2>, Tensor<2>),
-    /// What went in: the graph is made again.
-    Input(Tensor<2>),
+struct KeptBlock {
+    input: Tensor<2>,
+    /// Of its graph, which begins at the input; `None` where it is made again.
+    output: Option<Tensor<2>>,
 }
 
 impl Kept {
@@ -302,14 +301,20 @@ impl Engine {
         let mut kept = Vec::new();
         for (index, (part, block)) in blocks_of(model.config, model.range).enumerate() {
             if index < again {
-                kept.push(KeptBlock::Input(x.clone()));
+                kept.push(KeptBlock {
+                    input: x.clone(),
+                    output: None,
+                });
                 x = run_block(block, (&plain, part), &positions, x, &mut self.loads)?;
                 continue;
             }
             let leaf = x.autodiff().require_grad();
             let out = run_block(block, (&tracked, part), &in_graphs, leaf.clone(), &mut self.loads)?;
             x = out.clone().inner();
-            kept.push(KeptBlock::Graph(leaf, out));
+            kept.push(KeptBlock {
+                input: leaf,
+                output: Some(out),
+            });
         }
         Ok(Kept {
             tokens: input.tokens.map(<[u32]>::to_vec),
@@ -327,10 +332,10 @@ impl Engine {
         let blocks = blocks_of(model.config, model.range);
         let blocks: Vec<_> = blocks.zip(kept.blocks).collect();
         for ((part, block), kept) in blocks.into_iter().rev() {
-            let (leaf, out) = match kept {
-                KeptBlock::Graph(leaf, out) => (leaf, out),
-                KeptBlock::Input(x) => {
-                    let leaf = x.autodiff().require_grad();
+            let (leaf, out) = match kept.output {
+                Some(output) => (kept.input, output),
+                None => {
+                    let leaf = kept.input.autodiff().require_grad();
                     // The loads of experts were counted in the forward.
                     let out = run_block(block, (&leaves, part), &positions, leaf.clone(), &mut Loads::new())?;
                     (leaf, out)

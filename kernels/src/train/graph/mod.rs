@@ -78,7 +78,7 @@ fn run_block(
 }
 
 /// The blocks of a stage, each with the place of its part in the stage.
-fn blocks_of<'a>(config: &'a Config, range: BlockRange) -> impl DoubleEndedIterator<Item = (usize, &'a Block)> {
+fn blocks_of(config: &Config, range: BlockRange) -> impl DoubleEndedIterator<Item = (usize, &Block)> {
     let range = range.first as usize..range.end as usize;
     let first = usize::from(range.start == 0);
     let blocks = config.description.get(range).unwrap_or_default();
