@@ -145,13 +145,25 @@ pub(super) const RECHECK_EVERY: Duration = Duration::from_secs(60);
 /// The kernel's buffers for the socket: 4 MiB are 32 ms at 1 Gbit/s, longer than any pause of the runtime.
 pub(super) const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 
-/// What all streams of one connection may have under way.
+/// 5 Gbit/s at 100 ms; what one peer can make this node hold.
+pub(super) const WINDOW_BYTES_MAX: u64 = 64 << 20;
+
+/// What all streams of one connection may have under way, before it is seen how fast it is.
 pub(super) fn window_bytes(class: Class) -> u32 {
     match class {
         // Several activations of a long prefill. More would only queue, and the last in the queue waits longest.
         Class::Act => 6 << 20,
-        // 1 Gbit/s at 128 ms; above that a lossy path overruns quinn's reassembly limit.
-        Class::Bulk => 16 << 20,
+        // 1 Gbit/s at 80 ms for the three round trips that a loss and its repetition hold up what has come behind it.
+        Class::Bulk => 32 << 20,
+    }
+}
+
+/// What this node may have sent and not yet seen acknowledged. quinn counts in it all that was acknowledged behind a hole, so
+/// that it has to hold as much as the peer's window, which is then the limit.
+fn unacknowledged_bytes(class: Class) -> u64 {
+    match class {
+        Class::Act => window_bytes(Class::Act).into(),
+        Class::Bulk => WINDOW_BYTES_MAX,
     }
 }
 
@@ -197,7 +209,8 @@ pub(super) fn transport(config: &DataConfig, class: Option<Class>) -> Arc<Transp
     transport
         .stream_receive_window(VarInt::from_u32(stream_window))
         .receive_window(VarInt::from_u32(window))
-        .send_window(u64::from(window_bytes(class.unwrap_or(Class::Bulk))))
+        // A stranger is answered, and asks for nothing large.
+        .send_window(unacknowledged_bytes(class.unwrap_or(Class::Act)))
         .congestion_controller_factory(Arc::new(congestion))
         // The default of 333 ms makes the first lost packet cost a second.
         .initial_rtt(Duration::from_millis(100))
@@ -213,6 +226,7 @@ pub(super) fn transport(config: &DataConfig, class: Option<Class>) -> Arc<Transp
 /// Gives an admitted peer the room of its class.
 pub(super) fn welcome(connection: &quinn::Connection, class: Class) {
     connection.set_receive_window(VarInt::from_u32(window_bytes(class)));
+    connection.set_send_window(unacknowledged_bytes(class));
     connection.set_max_concurrent_bi_streams(VarInt::from_u32(STREAMS_MAX));
     keep_room(connection, room(class));
 }
