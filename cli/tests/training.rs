@@ -108,7 +108,8 @@ fn endures(outer: &str, loss: &Loss) {
     let folder = tempfile::tempdir().unwrap();
     let peace = in_peace(&folder.path().join("peace"), outer);
     let mut trouble = f64::INFINITY;
-    // How much of a round is lost depends on the moment at which a process dies; where it was much, once more.
+    // Both runs are of real processes: which of them is in time for a round changes either by a percent. So a bad pair is told
+    // from a lasting loss by another run in trouble.
     for again in ["trouble", "trouble-again"] {
         trouble = in_trouble(&folder.path().join(again), outer, loss);
         println!(

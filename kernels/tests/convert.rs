@@ -1,15 +1,15 @@
 //! Models from one form to another and back: Hugging Face folders, GGUF files, packed types.
 
+mod golden_folder;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use polder_kernels::model::Config;
-use polder_kernels::quant::{PackedType, narrow};
+use polder_kernels::quant::PackedType;
 use polder_kernels::text::{Tokenizer, byte_level_bpe};
-use polder_kernels::weights::{
-    Exported, ImportedModel, PartFile, PartWriter, Vectors, WeightsError, export, export_gguf, import, quantise,
-};
+use polder_kernels::weights::{PartFile, PartWriter, Vectors, WeightsError, export, export_gguf, import, quantise};
 use serde_json::{Value, json};
 
 #[test]
@@ -20,9 +20,9 @@ fn a_model_comes_back_from_gguf_bit_for_bit() {
             let place = |name: &str| places.path().join(name);
             let folder = folder_in(ty, case, &place("tiny"));
             let imported = import(&folder, &place("a"), &mut |_| {}).unwrap();
-            export_gguf(&exported(&imported, Vectors::AsStored), "tiny", &place("tiny.gguf")).unwrap();
+            export_gguf(&imported.exported(Vectors::AsStored), "tiny", &place("tiny.gguf")).unwrap();
             let from_gguf = import(&place("tiny.gguf"), &place("b"), &mut |_| {}).unwrap();
-            export(&exported(&from_gguf, Vectors::AsMatrices), &place("back")).unwrap();
+            export(&from_gguf.exported(Vectors::AsMatrices), &place("back")).unwrap();
             let (before, after) = (tensors(&folder), tensors(&place("back")));
             assert_eq!(before.keys().collect::<Vec<_>>(), after.keys().collect::<Vec<_>>());
             for (name, (ty, shape, bytes)) in &before {
@@ -56,7 +56,7 @@ fn tokenizer_and_template_survive_gguf() {
     fs::write(folder.join("tokenizer.json"), &tokenizer).unwrap();
     fs::write(folder.join("chat_template.jinja"), "{{ messages[0].content }}").unwrap();
     let imported = import(&folder, &place("a"), &mut |_| {}).unwrap();
-    export_gguf(&exported(&imported, Vectors::AsStored), "tiny", &place("tiny.gguf")).unwrap();
+    export_gguf(&imported.exported(Vectors::AsStored), "tiny", &place("tiny.gguf")).unwrap();
     let back = import(&place("tiny.gguf"), &place("b"), &mut |_| {}).unwrap();
     assert_eq!(back.chat_template.as_deref(), Some("{{ messages[0].content }}"));
     let read = |path: &Path| Tokenizer::from_bytes(&fs::read(path).unwrap()).unwrap();
@@ -77,7 +77,7 @@ fn what_gguf_has_no_word_for_is_refused() {
         change(&folder);
         let imported = import(&folder, &place(&format!("{case}-parts")), &mut |_| {}).unwrap();
         let out = place(&format!("{case}.gguf"));
-        let error = export_gguf(&exported(&imported, Vectors::AsStored), "tiny", &out).unwrap_err();
+        let error = export_gguf(&imported.exported(Vectors::AsStored), "tiny", &out).unwrap_err();
         fs::remove_dir_all(&folder).unwrap();
         fs::remove_dir_all(place(&format!("{case}-parts"))).unwrap();
         assert_eq!(
@@ -166,9 +166,7 @@ fn weights_that_are_not_numbers_are_not_packed() {
 
 /// A golden case's folder with all its tensors in one type.
 fn folder_in(ty: PackedType, case: &str, folder: &Path) -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(case);
-    fs::create_dir_all(folder).unwrap();
-    let mut config: Value = serde_json::from_slice(&fs::read(source.join("config.json")).unwrap()).unwrap();
+    let mut config = golden_folder::config(case);
     match case {
         // GGUF knows the scaling with the constants of the published models only.
         "llama_rope_llama3" => config["rope_scaling"]["original_max_position_embeddings"] = json!(8192),
@@ -176,24 +174,15 @@ fn folder_in(ty: PackedType, case: &str, folder: &Path) -> PathBuf {
         "qwen2_bias" => config["use_sliding_window"] = json!(false),
         _ => {}
     }
-    fs::write(folder.join("config.json"), config.to_string()).unwrap();
-    fs::write(folder.join("tokenizer.json"), tiny_tokenizer().to_string()).unwrap();
-    let mut writer = PartWriter::new();
-    writer.note("format", "pt");
-    for entry in fs::read_dir(&source).unwrap() {
-        let path = entry.unwrap().path();
-        let name = path.file_name().unwrap().to_str().unwrap();
-        if !name.starts_with("model") || !name.ends_with(".safetensors") {
-            continue;
-        }
-        let file = PartFile::open(&path).unwrap();
-        for name in file.names() {
-            let tensor = file.tensor(name).unwrap();
-            let bytes = narrow(ty, &tensor.to_f32().unwrap()).unwrap();
-            writer.tensor(name, ty, &tensor.shape, bytes);
-        }
-    }
-    writer.write(&folder.join("model.safetensors")).unwrap();
+    let tokenizer = tiny_tokenizer().to_string();
+    golden_folder::write(
+        case,
+        ty,
+        &config,
+        tokenizer.as_bytes(),
+        |name| vec![name.to_owned()],
+        folder,
+    );
     folder.to_owned()
 }
 
@@ -225,16 +214,4 @@ fn tensors(folder: &Path) -> Found {
         }
     }
     found
-}
-
-fn exported(model: &ImportedModel, vectors: Vectors) -> Exported<'_> {
-    Exported {
-        config_json: &model.config_json,
-        tokenizer_json: &model.tokenizer_json,
-        chat_template: model.chat_template.as_deref(),
-        end_tokens: &model.end_tokens,
-        begin_token: model.begin_token,
-        part_files: &model.part_files,
-        vectors,
-    }
 }

@@ -7,7 +7,8 @@
 mod device_case;
 
 use device_case::{near, numbers, told, with_kernels};
-use polder_kernels::device::cube::{Activation, AdamWStep, Cost, Cubes, NormOnDevice, SquareSums};
+use polder_kernels::device::cube::{AdamWStep, Cost, Cubes, NormOnDevice, SquareSums};
+use polder_kernels::model::Curve;
 use polder_kernels::quant::{PackedMatrix, PackedType, narrow};
 use polder_protocol::codec::{ErrorFeedback, Form, HEADER_BYTES, Header};
 use polder_protocol::hash::{Digest, RunId};
@@ -87,7 +88,7 @@ fn rms(cubes: &Cubes, gain: &[f32]) -> NormOnDevice {
 
 #[test]
 fn activations_and_gates_are_their_formulas() {
-    let xielu = Activation::Xielu {
+    let xielu = Curve::Xielu {
         alpha_p: 0.8,
         alpha_n: 1.3,
         beta: 0.5,
@@ -96,18 +97,18 @@ fn activations_and_gates_are_their_formulas() {
     with_kernels(|cubes| {
         for count in [1, 63, 64, 65, 1_536, 70_001] {
             let (x, up) = (numbers(count, 5), numbers(count, 6));
-            for activation in [Activation::Silu, Activation::GeluTanh, Activation::SquaredRelu, xielu] {
+            for activation in [Curve::Silu, Curve::GeluTanh, Curve::SquaredRelu, xielu] {
                 let of = |x: &f32| -> f64 {
                     let x = f64::from(*x);
                     match activation {
-                        Activation::Silu => x / (1.0 + (-x).exp()),
-                        Activation::GeluTanh => {
+                        Curve::Silu => x / (1.0 + (-x).exp()),
+                        Curve::GeluTanh => {
                             let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
                             0.5 * x * (1.0 + inner.tanh())
                         }
-                        Activation::SquaredRelu => x.max(0.0).powi(2),
-                        Activation::Xielu { .. } if x > 0.0 => 0.8 * x * x + 0.5 * x,
-                        Activation::Xielu { .. } => 1.3 * (x.min(-1e-6).exp_m1() - x) + 0.5 * x,
+                        Curve::SquaredRelu => x.max(0.0).powi(2),
+                        Curve::Xielu { .. } if x > 0.0 => 0.8 * x * x + 0.5 * x,
+                        Curve::Xielu { .. } => 1.3 * (x.min(-1e-6).exp_m1() - x) + 0.5 * x,
                     }
                 };
                 let on_device = cubes.upload(&x);
@@ -123,7 +124,7 @@ fn activations_and_gates_are_their_formulas() {
                     .activate(activation, &on_device, Some(&cubes.upload(&up)))
                     .unwrap();
                 let mut right: Vec<f32> = right.iter().zip(&up).map(|(x, up)| x * up).collect();
-                if activation == Activation::Silu {
+                if activation == Curve::Silu {
                     swiglu(&mut right, &x, &up);
                 }
                 near(
@@ -136,7 +137,7 @@ fn activations_and_gates_are_their_formulas() {
             }
         }
         let (one, two) = (cubes.upload(&[1.0]), cubes.upload(&[1.0; 2]));
-        assert!(cubes.activate(Activation::Silu, &one, Some(&two)).is_err());
+        assert!(cubes.activate(Curve::Silu, &one, Some(&two)).is_err());
     });
 }
 

@@ -28,34 +28,12 @@ use training_step::{batch, loss};
 /// What is trained on a device here: one tied, one not.
 const CASES: [&str; 2] = ["llama_tied_sharded", "llama_rope_llama3"];
 
-/// What is served on a device.
-const FAMILIES: [&str; 18] = [
-    "llama_rope_llama3",
-    "llama_tied_sharded",
-    "mistral_sliding",
-    "ministral3_yarn",
-    "qwen2_bias",
-    "qwen3_qknorm",
-    "smollm3_nope",
-    "apertus_xielu",
-    "nemotron_dense",
-    "gemma3_text",
-    "mixtral_moe",
-    "qwen3_moe",
-    "deepseek_v2_lite",
-    "deepseek_v3",
-    "deepseek_v3_fp8",
-    "deepseek_v32_dsa",
-    "mistral4_mla",
-    "nemotron_h_moe",
-];
-
 /// Every family's activations after each block, experts chosen, logits, greedy tokens and chains of stages.
 #[test]
 fn every_family_is_served_as_pytorch_computes_it() {
     let _turn = turn();
     let Some(device) = graphics_device() else { return };
-    for case in FAMILIES {
+    for case in imported_case::CASES {
         let began = std::time::Instant::now();
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(case);
         let report = verify_serving(&folder, device).unwrap_or_else(|error| panic!("{case}: {error:?}"));
@@ -92,7 +70,7 @@ fn what_a_device_cannot_compute_the_cpu_does() {
 fn sessions_of_every_family_go_on_from_anywhere() {
     let _turn = turn();
     let Some(device) = graphics_device() else { return };
-    for case in FAMILIES.map(Case::import) {
+    for case in imported_case::CASES.map(Case::import) {
         let (config, files) = (&case.model.config_json, &case.model.part_files);
         let range = BlockRange::whole(case.config.blocks);
         let mut stage = ServeStage::load(config, range, files, Weights::Packed, device).unwrap();

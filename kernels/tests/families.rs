@@ -10,7 +10,7 @@ use polder_kernels::device::Device;
 use polder_kernels::model::{Config, layout};
 use polder_kernels::stage::{Input, StageError, Step, Want};
 use polder_kernels::train::{TrainData, TrainStage, initial_parameters};
-use polder_kernels::weights::{Exported, Vectors, export, import};
+use polder_kernels::weights::{Vectors, export, import};
 use polder_protocol::layout::BlockRange;
 use polder_protocol::run::Inner;
 use polder_protocol::work::Weights;
@@ -91,16 +91,7 @@ fn weights_as_stored_are_near_widened_ones() {
 fn an_exported_model_is_imported_as_the_same() {
     for case in CASES.map(Case::import) {
         let out = case.folder.path().join("exported");
-        let exported = Exported {
-            config_json: &case.model.config_json,
-            tokenizer_json: &case.model.tokenizer_json,
-            chat_template: None,
-            end_tokens: &case.model.end_tokens,
-            begin_token: case.model.begin_token,
-            part_files: &case.model.part_files,
-            vectors: Vectors::AsStored,
-        };
-        export(&exported, &out).unwrap_or_else(|error| panic!("{}: {error}", case.name));
+        export(&case.model.exported(Vectors::AsStored), &out).unwrap_or_else(|error| panic!("{}: {error}", case.name));
         let again = import(&out, &case.folder.path().join("again"), &mut |_| {}).unwrap();
         for (own, right) in again.part_files.iter().zip(&case.model.part_files) {
             assert!(

@@ -3,6 +3,8 @@
 //! Set `POLDER_GGUF_OUT` to a folder to keep the files, with the logits that the engine computes of them, for
 //! `benches/peers/logits_beside_llama_cpp.py`; `POLDER_GGUF_FILES` names further files to compute, with `:` between.
 
+mod golden_folder;
+
 use std::collections::BTreeMap;
 use std::env;
 use std::fs;
@@ -10,11 +12,9 @@ use std::path::{Path, PathBuf};
 
 use polder_kernels::device::Device;
 use polder_kernels::model::Config;
-use polder_kernels::quant::{PackedType, narrow};
+use polder_kernels::quant::PackedType;
 use polder_kernels::stage::{Input, Output, ServeStage, Want};
-use polder_kernels::weights::{
-    Exported, ImportedModel, PartFile, PartWriter, TensorSource, Vectors, export, export_gguf, import, quantise,
-};
+use polder_kernels::weights::{ImportedModel, PartFile, TensorSource, Vectors, export, export_gguf, import, quantise};
 use polder_protocol::work::Weights;
 use serde_json::{Value, json};
 
@@ -90,10 +90,10 @@ fn every_family_comes_back_from_gguf_bit_for_bit() {
             let place = |name: &str| places.path().join(name);
             let folder = variant.folder(ty, &place("tiny"));
             let model = imported(&folder, &place("a"));
-            export_gguf(&exported(&model, Vectors::AsStored), "tiny", &place("tiny.gguf"))
+            export_gguf(&model.exported(Vectors::AsStored), "tiny", &place("tiny.gguf"))
                 .unwrap_or_else(|error| panic!("{}: {error:?}", variant.name));
             let from_gguf = imported(&place("tiny.gguf"), &place("b"));
-            export(&exported(&from_gguf, Vectors::AsMatrices), &place("back")).unwrap();
+            export(&from_gguf.exported(Vectors::AsMatrices), &place("back")).unwrap();
             let (before, after) = (tensors(&folder), tensors(&place("back")));
             assert_eq!(before.keys().collect::<Vec<_>>(), after.keys().collect::<Vec<_>>());
             for (name, before) in &before {
@@ -122,7 +122,7 @@ fn the_engine_computes_the_same_of_both_forms() {
         let folder = variant.folder(PackedType::F32, &place("tiny"));
         let model = imported(&folder, &place("a"));
         let file = place("tiny.gguf");
-        export_gguf(&exported(&model, Vectors::AsStored), variant.name, &file).unwrap();
+        export_gguf(&model.exported(Vectors::AsStored), variant.name, &file).unwrap();
         let (of_folder, of_file) = (logits(&folder), logits(&file));
         let largest = of_folder
             .iter()
@@ -176,7 +176,7 @@ fn experts_stay_packed_in_their_stacks() {
             part_files: packed.part_files,
             ..model
         };
-        export_gguf(&exported(&model, Vectors::AsStored), "tiny", &place("tiny.gguf")).unwrap();
+        export_gguf(&model.exported(Vectors::AsStored), "tiny", &place("tiny.gguf")).unwrap();
         let back = imported(&place("tiny.gguf"), &place("b"));
         let mut experts = 0;
         for (before, after) in model.part_files.iter().zip(&back.part_files) {
@@ -224,7 +224,7 @@ fn what_an_architecture_has_no_word_for_is_refused() {
         change(&mut config);
         fs::write(folder.join("config.json"), config.to_string()).unwrap();
         let model = imported(&folder, &place("a"));
-        let error = export_gguf(&exported(&model, Vectors::AsStored), "tiny", &place("tiny.gguf")).unwrap_err();
+        let error = export_gguf(&model.exported(Vectors::AsStored), "tiny", &place("tiny.gguf")).unwrap_err();
         assert!(error.to_string().contains("no word for"), "{name}: {error}");
         assert!(!place("tiny.gguf").exists());
     }
@@ -246,36 +246,15 @@ const fn changed(name: &'static str, change: fn(&mut Value)) -> Variant {
 impl Variant {
     /// The case's folder with all its tensors in one type.
     fn folder(&self, ty: PackedType, folder: &Path) -> PathBuf {
-        let source = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("tests/golden")
-            .join(self.golden);
-        fs::create_dir_all(folder).unwrap();
-        let mut config: Value = serde_json::from_slice(&fs::read(source.join("config.json")).unwrap()).unwrap();
+        let mut config = golden_folder::config(self.golden);
         (self.change)(&mut config);
         let all = config["num_hidden_layers"].as_u64().unwrap();
         let all: Vec<usize> = (0..usize::try_from(all).unwrap()).collect();
         let blocks = if self.blocks.is_empty() { &all } else { self.blocks };
         config["num_hidden_layers"] = json!(blocks.len());
-        fs::write(folder.join("config.json"), config.to_string()).unwrap();
-        fs::write(folder.join("tokenizer.json"), polder_kernels::text::bytes()).unwrap();
-        let mut writer = PartWriter::new();
-        writer.note("format", "pt");
-        for entry in fs::read_dir(&source).unwrap() {
-            let path = entry.unwrap().path();
-            let name = path.file_name().unwrap().to_str().unwrap();
-            if !name.starts_with("model") || !name.ends_with(".safetensors") {
-                continue;
-            }
-            let file = PartFile::open(&path).unwrap();
-            for name in file.names() {
-                let tensor = file.tensor(name).unwrap();
-                let bytes = narrow(ty, &tensor.to_f32().unwrap()).unwrap();
-                for name in names_in(blocks, name) {
-                    writer.tensor(&name, ty, &tensor.shape, bytes.clone());
-                }
-            }
-        }
-        writer.write(&folder.join("model.safetensors")).unwrap();
+        let tokenizer = polder_kernels::text::bytes();
+        let names = |name: &str| names_in(blocks, name);
+        golden_folder::write(self.golden, ty, &config, tokenizer.as_ref(), names, folder);
         folder.to_owned()
     }
 }
@@ -350,16 +329,4 @@ fn tensors(folder: &Path) -> BTreeMap<String, TensorSource> {
         }
     }
     found
-}
-
-fn exported(model: &ImportedModel, vectors: Vectors) -> Exported<'_> {
-    Exported {
-        config_json: &model.config_json,
-        tokenizer_json: &model.tokenizer_json,
-        chat_template: model.chat_template.as_deref(),
-        end_tokens: &model.end_tokens,
-        begin_token: model.begin_token,
-        part_files: &model.part_files,
-        vectors,
-    }
 }

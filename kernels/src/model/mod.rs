@@ -3,6 +3,7 @@
 //! `families` has one file per family; each maps a configuration onto the shared parts of `describe`.
 
 mod config;
+mod curve;
 pub(crate) mod describe;
 mod families;
 pub(crate) mod json;
@@ -14,6 +15,7 @@ pub(crate) mod routing;
 
 pub(crate) use config::Further;
 pub use config::{Config, ConfigError, Llama};
+pub use curve::Curve;
 pub use families::FAMILIES;
 pub use layout::layout;
 pub use positions::{Frequencies, Rope, Rotary};

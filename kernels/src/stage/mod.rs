@@ -19,7 +19,7 @@ use thiserror::Error;
 use crate::device::Device;
 use crate::model::{Config, ConfigError};
 use crate::weights::{Tensors, WeightsError, open as open_model};
-pub(crate) use cpu::{Routing, Trace, exp, expm1, softplus};
+pub(crate) use cpu::{Routing, Trace, curve, exp, expm1};
 use engine::Engine;
 use further::FurtherWeights;
 use weights::StageWeights;

@@ -8,7 +8,7 @@ use polder_protocol::layout::PartLayout;
 
 use super::part_file::OUTPUT;
 use super::part_writer::TIED_NOTE;
-use super::{PartWriter, TensorSource, WeightsError, gguf, hugging_face};
+use super::{Exported, PartWriter, TensorSource, Vectors, WeightsError, gguf, hugging_face};
 use crate::model::{Config, layout};
 use crate::text::Tokenizer;
 
@@ -31,6 +31,21 @@ pub struct ImportedModel {
     pub part_files: Vec<PathBuf>,
     /// The longest context in tokens.
     pub context_tokens_max: u32,
+}
+
+impl ImportedModel {
+    /// All of it, to be written in another form.
+    pub fn exported(&self, vectors: Vectors) -> Exported<'_> {
+        Exported {
+            config_json: &self.config_json,
+            tokenizer_json: &self.tokenizer_json,
+            chat_template: self.chat_template.as_deref(),
+            end_tokens: &self.end_tokens,
+            begin_token: self.begin_token,
+            part_files: &self.part_files,
+            vectors,
+        }
+    }
 }
 
 /// How far an import is.
@@ -288,13 +303,8 @@ mod tests {
         let model = import(&source, &places.path().join("a"), &mut |_| {}).unwrap();
         let out = places.path().join("exported");
         let exported = Exported {
-            config_json: &model.config_json,
-            tokenizer_json: &model.tokenizer_json,
             chat_template: Some("{{ messages }}"),
-            end_tokens: &model.end_tokens,
-            begin_token: model.begin_token,
-            part_files: &model.part_files,
-            vectors: Vectors::AsStored,
+            ..model.exported(Vectors::AsStored)
         };
         export(&exported, &out).unwrap();
         let again = import(&out, &places.path().join("b"), &mut |_| {}).unwrap();

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use bytesize::ByteSize;
 use polder_node::data::BlobStore;
 use polder_protocol::epoch::Epoch;
-use polder_worker::models::{self, Exported, ImportedModel, PackedType, Vectors};
+use polder_worker::models::{self, ImportedModel, PackedType, Vectors};
 use serde::Serialize;
 
 use super::workplace::Workplace;
@@ -26,15 +26,7 @@ pub(super) fn convert(context: &Context, source: &str, out: &Path) -> anyhow::Re
         true => Vectors::AsMatrices,
         false => Vectors::AsStored,
     };
-    let exported = Exported {
-        config_json: &model.config_json,
-        tokenizer_json: &model.tokenizer_json,
-        chat_template: model.chat_template.as_deref(),
-        end_tokens: &model.end_tokens,
-        begin_token: model.begin_token,
-        part_files: &model.part_files,
-        vectors,
-    };
+    let exported = model.exported(vectors);
     let written = match out.extension().is_some_and(|extension| extension == "gguf") {
         true => models::export_gguf(&exported, &model.name, out),
         false => models::export(&exported, out),

@@ -4,43 +4,20 @@ use cubecl::prelude::*;
 
 use super::memory::{one_unit_each, size, small, units};
 use super::{Cost, CubeError, Cubes, Floats};
+use crate::model::Curve;
 
-/// An element-wise function.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Activation {
-    /// `x · sigmoid(x)`
-    Silu,
-    /// `x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 · x³)))`
-    GeluTanh,
-    /// `max(x, 0)²`
-    SquaredRelu,
-    /// `α₊ x² + β x` above zero, `α₋ (expm1(min(x, ε)) − x) + β x` below (arXiv 2411.13010).
-    Xielu {
-        /// α₊
-        alpha_p: f32,
-        /// α₋
-        alpha_n: f32,
-        /// β
-        beta: f32,
-        /// ε
-        epsilon: f32,
-    },
-}
-
-impl Activation {
-    /// Which branch of the kernel, and its parameters.
-    const fn kind(self) -> (u32, [f32; 4]) {
-        match self {
-            Self::Silu => (0, [0.0; 4]),
-            Self::GeluTanh => (1, [0.0; 4]),
-            Self::SquaredRelu => (2, [0.0; 4]),
-            Self::Xielu {
-                alpha_p,
-                alpha_n,
-                beta,
-                epsilon,
-            } => (3, [alpha_p, alpha_n, beta, epsilon]),
-        }
+/// Which branch of the kernel, and its parameters.
+const fn branch(curve: Curve) -> (u32, [f32; 4]) {
+    match curve {
+        Curve::Silu => (0, [0.0; 4]),
+        Curve::GeluTanh => (1, [0.0; 4]),
+        Curve::SquaredRelu => (2, [0.0; 4]),
+        Curve::Xielu {
+            alpha_p,
+            alpha_n,
+            beta,
+            epsilon,
+        } => (3, [alpha_p, alpha_n, beta, epsilon]),
     }
 }
 
@@ -100,12 +77,12 @@ impl Cubes {
     /// # Errors
     ///
     /// [`CubeError`] where the lengths differ.
-    pub fn activate(&self, activation: Activation, x: &Floats, up: Option<&Floats>) -> Result<Floats, CubeError> {
+    pub fn activate(&self, curve: Curve, x: &Floats, up: Option<&Floats>) -> Result<Floats, CubeError> {
         let count = size("what is activated", &[x.len()])?;
         if let Some(up) = up {
             up.check("what is gated", count)?;
         }
-        let (kind, [alpha_p, alpha_n, beta, epsilon]) = activation.kind();
+        let (kind, [alpha_p, alpha_n, beta, epsilon]) = branch(curve);
         let out = self.room(count);
         if count > 0 {
             activate::launch(

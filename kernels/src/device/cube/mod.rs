@@ -14,7 +14,6 @@
 mod activation;
 mod adamw;
 mod attention;
-mod attention_training;
 mod choose;
 mod copy;
 mod cost;
@@ -26,19 +25,17 @@ mod places;
 mod product;
 mod rotate;
 mod rows;
-mod sparse;
-mod square_sums;
-mod tensors;
 #[allow(
     clippy::too_many_arguments,
     reason = "a kernel's arguments are plain numbers and pointers"
 )]
-mod tiles;
+mod sequences;
+mod sparse;
+mod square_sums;
+mod tensors;
 
-pub use activation::Activation;
 pub use adamw::AdamWStep;
 pub use attention::{AttentionShape, HEAD_DIM_MAX};
-pub use attention_training::{Attended, SequenceAttention};
 pub use choose::{ChosenPositions, ScoredHeads};
 pub use cost::Cost;
 pub use heads::Columns;
@@ -49,6 +46,7 @@ pub use places::{PagedRows, Places};
 pub use product::WeightOnDevice;
 pub use rotate::{Rotated, Turns};
 pub use rows::PickedRows;
+pub use sequences::{Attended, SequenceAttention};
 pub use square_sums::SquareSums;
 pub(crate) use tensors::Primitive;
 

@@ -164,7 +164,7 @@ pub(super) fn xielu(x: &mut [f32], alpha_p: f32, alpha_n: f32, beta: f32, epsilo
 }
 
 /// `ln(1 + eˣ)`, without overflow. Parameters and time steps pass here, so it is in f64.
-pub(crate) fn softplus(x: f32) -> f32 {
+pub(super) fn softplus(x: f32) -> f32 {
     let x = f64::from(x);
     (x.max(0.0) + (-x.abs()).exp().ln_1p()) as f32
 }

@@ -3,7 +3,8 @@
 use super::dense::{Dense, together};
 use super::elementwise::{gelu_tanh, silu, softplus, squared_relu, swiglu, xielu};
 use super::matrix::Matrix;
-use crate::model::describe::{Activation, Mlp};
+use crate::model::Curve;
+use crate::model::describe::{Activation, Mlp, Slot};
 use crate::stage::StageError;
 use crate::stage::weights::PartReader;
 
@@ -13,40 +14,13 @@ pub(in crate::stage) struct MlpWeights {
     pub(in crate::stage) gate: Option<Dense>,
     pub(in crate::stage) up: Dense,
     pub(in crate::stage) down: Dense,
-    pub(in crate::stage) activation: Function,
-}
-
-/// An activation with its parameters read.
-#[derive(Debug, Clone, Copy)]
-pub(in crate::stage) enum Function {
-    Silu,
-    GeluTanh,
-    SquaredRelu,
-    Xielu {
-        alpha_p: f32,
-        alpha_n: f32,
-        beta: f32,
-        epsilon: f32,
-    },
+    pub(in crate::stage) activation: Curve,
 }
 
 impl MlpWeights {
     pub(in crate::stage) fn read(reader: &PartReader<'_>, mlp: &Mlp) -> Result<Self, StageError> {
-        let activation = match mlp.activation {
-            Activation::Silu => Function::Silu,
-            Activation::GeluTanh => Function::GeluTanh,
-            Activation::SquaredRelu => Function::SquaredRelu,
-            Activation::Xielu(slots) => {
-                let number = |slot| Ok::<f32, StageError>(reader.vector(slot)?.first().copied().unwrap_or(0.0));
-                let beta = number(slots.beta)?;
-                Function::Xielu {
-                    alpha_p: softplus(number(slots.alpha_p)?),
-                    alpha_n: beta + softplus(number(slots.alpha_n)?),
-                    beta,
-                    epsilon: number(slots.epsilon)?,
-                }
-            }
-        };
+        let number = |slot| Ok::<f32, StageError>(reader.vector(slot)?.first().copied().unwrap_or(0.0));
+        let activation = curve(mlp.activation, number)?;
         Ok(Self {
             gate: mlp.gate.as_ref().map(|gate| reader.dense(gate)).transpose()?,
             up: reader.dense(&mlp.up)?,
@@ -73,7 +47,7 @@ impl MlpWeights {
         match &self.gate {
             None => {
                 self.up.apply(x, n, &mut up);
-                self.activation.apply(&mut up);
+                apply(self.activation, &mut up);
                 self.down.apply_finely(&up, n, out);
             }
             Some(gate) => {
@@ -87,28 +61,45 @@ impl MlpWeights {
 
     /// `gate ← act(gate) · up`.
     pub(super) fn join(&self, gate: &mut [f32], up: &[f32]) {
-        if let Function::Silu = self.activation {
+        if let Curve::Silu = self.activation {
             return swiglu(gate, up);
         }
-        self.activation.apply(gate);
+        apply(self.activation, gate);
         for (gate, up) in gate.iter_mut().zip(up) {
             *gate *= up;
         }
     }
 }
 
-impl Function {
-    fn apply(self, x: &mut [f32]) {
-        match self {
-            Self::Silu => silu(x),
-            Self::GeluTanh => gelu_tanh(x),
-            Self::SquaredRelu => squared_relu(x),
-            Self::Xielu {
-                alpha_p,
-                alpha_n,
+/// An activation whose parameters are read with `number`. The two α are kept above their least by softplus
+/// (arXiv 2411.13010).
+pub(crate) fn curve<E>(activation: Activation, number: impl Fn(Slot) -> Result<f32, E>) -> Result<Curve, E> {
+    Ok(match activation {
+        Activation::Silu => Curve::Silu,
+        Activation::GeluTanh => Curve::GeluTanh,
+        Activation::SquaredRelu => Curve::SquaredRelu,
+        Activation::Xielu(slots) => {
+            let beta = number(slots.beta)?;
+            Curve::Xielu {
+                alpha_p: softplus(number(slots.alpha_p)?),
+                alpha_n: beta + softplus(number(slots.alpha_n)?),
                 beta,
-                epsilon,
-            } => xielu(x, alpha_p, alpha_n, beta, epsilon),
+                epsilon: number(slots.epsilon)?,
+            }
         }
+    })
+}
+
+fn apply(curve: Curve, x: &mut [f32]) {
+    match curve {
+        Curve::Silu => silu(x),
+        Curve::GeluTanh => gelu_tanh(x),
+        Curve::SquaredRelu => squared_relu(x),
+        Curve::Xielu {
+            alpha_p,
+            alpha_n,
+            beta,
+            epsilon,
+        } => xielu(x, alpha_p, alpha_n, beta, epsilon),
     }
 }

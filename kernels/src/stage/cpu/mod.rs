@@ -17,7 +17,7 @@ mod product;
 mod sequence;
 
 pub(super) use dense::{Dense, LoadedNorm};
-pub(crate) use elementwise::{exp, expm1, softplus};
+pub(crate) use elementwise::{exp, expm1};
 pub(crate) use engine::Trace;
 pub(super) use engine::{Engine, LoadedMixer, LoadedSublayer};
 #[cfg(feature = "gpu")]
@@ -34,7 +34,6 @@ pub(super) use mamba::MambaWeights;
 #[cfg(feature = "gpu")]
 pub(super) use mamba::{MambaState, Recurrence};
 pub(super) use matrix::Matrix;
-#[cfg(feature = "gpu")]
-pub(super) use mlp::Function;
 pub(super) use mlp::MlpWeights;
+pub(crate) use mlp::curve;
 pub(super) use sequence::Sequence;

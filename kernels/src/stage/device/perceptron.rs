@@ -1,9 +1,10 @@
 //! Perceptrons, gated or not.
 
 use super::upload::{Dense, Upload};
-use crate::device::cube::{Activation, CubeError, Cubes, Floats};
+use crate::device::cube::{CubeError, Cubes, Floats};
+use crate::model::Curve;
 use crate::stage::StageError;
-use crate::stage::cpu::{Function, MlpWeights};
+use crate::stage::cpu::MlpWeights;
 
 /// `down(act(gate(x)) · up(x))`, or `down(act(up(x)))` without a gate.
 #[derive(Debug)]
@@ -11,32 +12,16 @@ pub(super) struct Perceptron {
     gate: Option<Dense>,
     up: Dense,
     down: Dense,
-    activation: Activation,
+    activation: Curve,
 }
 
 impl Perceptron {
     pub(super) fn upload(upload: &Upload<'_>, weights: &MlpWeights) -> Result<Self, StageError> {
-        let activation = match weights.activation {
-            Function::Silu => Activation::Silu,
-            Function::GeluTanh => Activation::GeluTanh,
-            Function::SquaredRelu => Activation::SquaredRelu,
-            Function::Xielu {
-                alpha_p,
-                alpha_n,
-                beta,
-                epsilon,
-            } => Activation::Xielu {
-                alpha_p,
-                alpha_n,
-                beta,
-                epsilon,
-            },
-        };
         Ok(Self {
             gate: weights.gate.as_ref().map(|gate| upload.dense(gate)).transpose()?,
             up: upload.dense(&weights.up)?,
             down: upload.dense(&weights.down)?,
-            activation,
+            activation: weights.activation,
         })
     }
 

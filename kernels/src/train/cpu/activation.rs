@@ -1,47 +1,26 @@
-//! Activations, gated or not, and their gradients; see `describe::Activation` for the formulas.
+//! Activations, gated or not, and their gradients; see [`Curve`] for the formulas.
+
+use std::convert::Infallible;
 
 use rayon::prelude::*;
 
 use super::slots::Weights;
+use crate::model::Curve;
 use crate::model::describe::{Activation, Xielu};
-use crate::stage::{exp, expm1, softplus};
+use crate::stage::{exp, expm1};
 use crate::train::vectorised::vectorised;
 
 /// Rows that one task takes, whatever the number of threads.
 const ROWS: usize = 16;
 
-/// An activation with its parameters.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Curve {
-    Silu,
-    GeluTanh,
-    SquaredRelu,
-    Xielu {
-        alpha_p: f32,
-        alpha_n: f32,
-        beta: f32,
-        epsilon: f32,
-    },
+/// An activation with the parameters of a block.
+pub(super) fn curve(activation: Activation, weights: Weights<'_>) -> Curve {
+    let number = |slot| Ok::<f32, Infallible>(weights.slot(slot).first().copied().unwrap_or(0.0));
+    let Ok(curve) = crate::stage::curve(activation, number);
+    curve
 }
 
 impl Curve {
-    pub(super) fn new(activation: Activation, weights: Weights<'_>) -> Self {
-        match activation {
-            Activation::Silu => Self::Silu,
-            Activation::GeluTanh => Self::GeluTanh,
-            Activation::SquaredRelu => Self::SquaredRelu,
-            Activation::Xielu(slots) => {
-                let number = |slot| weights.slot(slot).first().copied().unwrap_or(0.0);
-                Self::Xielu {
-                    alpha_p: softplus(number(slots.alpha_p)),
-                    alpha_n: number(slots.beta) + softplus(number(slots.alpha_n)),
-                    beta: number(slots.beta),
-                    epsilon: number(slots.epsilon),
-                }
-            }
-        }
-    }
-
     /// `out = act(gate) · up` of rows of gate and up side by side, or `act(up)` of rows of `up` alone.
     pub(super) fn forward(self, out: &mut [f32], inner: &[f32], width: usize, gated: bool) {
         let both = if gated { 2 * width } else { width };

@@ -1,6 +1,6 @@
 //! Blocks of attention and perceptrons: forward, and backward from what the forward kept or from the input alone.
 
-use super::activation::Curve;
+use super::activation::curve;
 use super::attention::{self, Attend};
 use super::linear;
 use super::norm::Loaded;
@@ -137,7 +137,7 @@ impl Loadable<'_> {
                 let mut out = None;
                 if outs {
                     let mut active = pool.take(rows * mlp.up.rows);
-                    let curve = Curve::new(mlp.activation, self.weights);
+                    let curve = curve(mlp.activation, self.weights);
                     curve.forward(&mut active, &inner, mlp.up.rows, mlp.gate.is_some());
                     out = self.add_out(sublayer, &mlp.down, &active, x, pool);
                     pool.give(active);
@@ -210,7 +210,7 @@ impl Loadable<'_> {
                 let rows = kept.x.len() / sublayer.norm.width;
                 let mut active = pool.take(rows * mlp.up.rows);
                 linear::backward(&mut active, self.weights, &[&mlp.down], out_gradient);
-                let curve = Curve::new(mlp.activation, self.weights);
+                let curve = curve(mlp.activation, self.weights);
                 if let Activation::Xielu(slots) = mlp.activation {
                     curve.add_parameter_gradients(gradients, slots, self.weights, &inner, &active);
                 }
