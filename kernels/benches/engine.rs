@@ -10,7 +10,7 @@ use polder_kernels::model::{Config, layout};
 use polder_kernels::stage::{Input, ServeStage, Want};
 use polder_kernels::train::{TrainData, TrainStage, initial_parameters};
 use polder_protocol::layout::BlockRange;
-use polder_protocol::run::{Inner, Optimiser, Schedule};
+use polder_protocol::run::{Inner, Optimiser, Precision, Schedule};
 use polder_protocol::work::Weights;
 use safetensors::tensor::{Dtype, TensorView};
 
@@ -81,6 +81,7 @@ fn train(name: &str, config_json: &str, batch: u32, seq: u32, steps: u32, device
         schedule: Schedule::WarmupStableDecay,
         optimiser: Optimiser::AdamW,
         goldfish: None,
+        precision: Precision::F32,
     };
     let range = BlockRange::whole(config.blocks);
     let mut stage = TrainStage::new(config_json, range, parameters, inner, 1_000, device).expect("a valid stage");

@@ -4,8 +4,9 @@
 //! turn; medians are printed, and ratios of medians. CPU time still means something on a busy machine, but a thread that
 //! spins while it waits for another counts too, so `--threads 1` compares the work itself.
 //!
-//! Options: `--rounds N` (3), `--steps N` (5), `--threads N` (2), `--only NAME`, and `--kept N` (0) blocks that keep what
-//! their backward needs in the second row; in the first all do.
+//! Options: `--rounds N` (3), `--steps N` (5), `--threads N` (2), `--only NAME`, `--kept N` (0) blocks that keep what their
+//! backward needs in the second row; in the first all do. `--bf16` adds a row for both with products in bf16, where the
+//! processor has instructions for it; PyTorch's is under `torch.autocast`.
 
 use std::process::Command;
 use std::time::Instant;
@@ -13,7 +14,7 @@ use std::time::Instant;
 use polder_kernels::device::Device;
 use polder_kernels::train::{TrainData, TrainStage, initial_parameters};
 use polder_protocol::layout::BlockRange;
-use polder_protocol::run::{Inner, Optimiser, Schedule};
+use polder_protocol::run::{Inner, Optimiser, Precision, Schedule};
 use serde_json::{Value, json};
 
 // What people run has it too (see `cli`).
@@ -71,9 +72,11 @@ fn main() {
     let number = |name: &str, default: u32| option(name).map_or(default, |text| text.parse().expect("a number"));
     let (rounds, steps, threads) = (number("--rounds", 3), number("--steps", 5), number("--threads", 2));
     let kept = number("--kept", 0);
+    let bf16 = arguments.iter().any(|argument| argument == "--bf16");
     if let Some(name) = option("--own") {
         let shape = SHAPES.into_iter().find(|shape| shape.name == name).expect("a shape");
-        println!("{}", own(&shape, steps, kept));
+        let precision = if bf16 { Precision::Bf16 } else { Precision::F32 };
+        println!("{}", own(&shape, steps, kept, precision));
         return;
     }
     let only = option("--only");
@@ -82,31 +85,69 @@ fn main() {
         .iter()
         .filter(|shape| only.as_deref().is_none_or(|only| only == shape.name))
     {
-        compare(shape, [rounds, steps, threads, kept], python.as_deref());
+        compare(shape, [rounds, steps, threads, kept], python.as_deref(), bf16);
     }
 }
 
-fn compare(shape: &Shape, [rounds, steps, threads, kept]: [u32; 4], python: Option<&str>) {
+/// What is measured.
+#[derive(Debug, Clone, Copy)]
+enum Contestant {
+    Polder { kept: u32, bf16: bool },
+    PyTorch { bf16: bool },
+}
+
+impl Contestant {
+    fn name(self, shape: &Shape) -> String {
+        let suffix = |bf16| if bf16 { ", bf16" } else { "" };
+        match self {
+            Self::Polder { kept, bf16 } if kept == shape.blocks => format!("polder{}", suffix(bf16)),
+            Self::Polder { kept, bf16 } => {
+                format!(
+                    "polder, {} blocks again{}",
+                    shape.blocks.saturating_sub(kept),
+                    suffix(bf16)
+                )
+            }
+            Self::PyTorch { bf16 } => format!("PyTorch eager, SDPA{}", suffix(bf16)),
+        }
+    }
+
+    fn command(self, shape: &Shape, steps: u32, threads: u32, python: &str) -> Command {
+        match self {
+            Self::Polder { kept, bf16 } => {
+                let mut command = Command::new(std::env::current_exe().expect("this program"));
+                command.args([
+                    "--own",
+                    shape.name,
+                    "--kept",
+                    &kept.to_string(),
+                    "--steps",
+                    &steps.to_string(),
+                ]);
+                command.args(bf16.then_some("--bf16"));
+                command
+            }
+            Self::PyTorch { bf16 } => pytorch(python, shape, steps, threads, bf16),
+        }
+    }
+}
+
+fn compare(shape: &Shape, [rounds, steps, threads, kept]: [u32; 4], python: Option<&str>, with_bf16: bool) {
     println!(
         "{}, batch {} × {}, {threads} threads",
         shape.name, shape.batch, shape.seq
     );
-    let this = std::env::current_exe().expect("this program");
-    let again = format!("polder, {} blocks again", shape.blocks.saturating_sub(kept));
-    let mut names = vec!["polder", &again];
-    names.extend(python.map(|_| "PyTorch eager, SDPA"));
-    let mut measured: Vec<Vec<Value>> = vec![Vec::new(); names.len()];
+    let precisions = if with_bf16 { &[false, true][..] } else { &[false] };
+    let mut contestants = Vec::new();
+    for &bf16 in precisions {
+        let all = shape.blocks;
+        contestants.extend([all, kept].map(|kept| Contestant::Polder { kept, bf16 }));
+        contestants.extend(python.map(|_| Contestant::PyTorch { bf16 }));
+    }
+    let mut measured: Vec<Vec<Value>> = vec![Vec::new(); contestants.len()];
     for _ in 0..rounds {
-        for (index, measured) in measured.iter_mut().enumerate() {
-            let mut command = match (index, python) {
-                (2, Some(python)) => pytorch(python, shape, steps, threads),
-                _ => {
-                    let mut command = Command::new(&this);
-                    let kept = [shape.blocks, kept][index].to_string();
-                    command.args(["--own", shape.name, "--kept", &kept, "--steps", &steps.to_string()]);
-                    command
-                }
-            };
+        for (contestant, measured) in contestants.iter().zip(&mut measured) {
+            let mut command = contestant.command(shape, steps, threads, python.unwrap_or_default());
             command.env("RAYON_NUM_THREADS", threads.to_string());
             command.env("OMP_NUM_THREADS", threads.to_string());
             let output = command.output().expect("a program that starts");
@@ -133,12 +174,19 @@ fn compare(shape: &Shape, [rounds, steps, threads, kept]: [u32; 4], python: Opti
             [per_second("cpu"), per_second("wall"), peak]
         })
         .collect();
-    for (name, [cpu, wall, peak]) in names.iter().zip(&figures) {
+    let peers = contestants
+        .iter()
+        .zip(&figures)
+        .filter(|(contestant, _)| matches!(contestant, Contestant::PyTorch { .. }));
+    let peers: Vec<_> = peers.map(|(_, figures)| figures).collect();
+    for (index, (contestant, [cpu, wall, peak])) in contestants.iter().zip(&figures).enumerate() {
+        let name = contestant.name(shape);
         let mut line = format!(
-            "  {name:30} {cpu:6.0} tokens per CPU second, {wall:6.0} tokens/s, peak {:6.0} MiB",
+            "  {name:36} {cpu:6.0} tokens per CPU second, {wall:6.0} tokens/s, peak {:6.0} MiB",
             peak / 1_048_576.0
         );
-        if let (Some(_), Some(peer)) = (python, figures.get(2)) {
+        // Each beside the peer of its own precision.
+        if let Some(peer) = peers.get(index / 3) {
             line += &format!(
                 "; {:.2} ×, {:.2} ×, {:.2} ×",
                 cpu / peer[0],
@@ -150,7 +198,7 @@ fn compare(shape: &Shape, [rounds, steps, threads, kept]: [u32; 4], python: Opti
     }
 }
 
-fn pytorch(python: &str, shape: &Shape, steps: u32, threads: u32) -> Command {
+fn pytorch(python: &str, shape: &Shape, steps: u32, threads: u32, bf16: bool) -> Command {
     let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/peers/pytorch.py");
     let mut command = Command::new(python);
     command.arg(script);
@@ -168,13 +216,24 @@ fn pytorch(python: &str, shape: &Shape, steps: u32, threads: u32) -> Command {
     } = *shape;
     let tied = u32::from(tied);
     let numbers = [
-        vocabulary, hidden, wide, blocks, heads, kv_heads, tied, batch, seq, steps, threads,
+        vocabulary,
+        hidden,
+        wide,
+        blocks,
+        heads,
+        kv_heads,
+        tied,
+        batch,
+        seq,
+        steps,
+        threads,
+        u32::from(bf16),
     ];
     command.args(numbers.map(|number| number.to_string()));
     command
 }
 
-fn own(shape: &Shape, steps: u32, blocks_kept: u32) -> Value {
+fn own(shape: &Shape, steps: u32, blocks_kept: u32, precision: Precision) -> Value {
     let Shape {
         vocabulary,
         hidden,
@@ -211,6 +270,7 @@ fn own(shape: &Shape, steps: u32, blocks_kept: u32) -> Value {
         schedule: Schedule::WarmupStableDecay,
         optimiser: Optimiser::AdamW,
         goldfish: None,
+        precision,
     };
     let (layout, parameters) = initial_parameters(&config, 1).expect("a valid shape");
     let count = layout.elements();
@@ -231,7 +291,7 @@ fn own(shape: &Shape, steps: u32, blocks_kept: u32) -> Value {
         }
         loss = stepped.losses[0];
     }
-    json!({"parameters": count, "wall": wall, "cpu": cpu, "peak_bytes": peak_bytes(), "loss": loss})
+    json!({"parameters": count, "wall": wall, "cpu": cpu, "peak_bytes": peak_bytes(), "loss": loss, "products": stage.products()})
 }
 
 fn numbers(value: &Value) -> Vec<f64> {

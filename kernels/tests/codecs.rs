@@ -13,7 +13,7 @@ use polder_protocol::aggregate::{OuterStep, PartState, Update, apply};
 use polder_protocol::codec::{ErrorFeedback, Frame, Header, codec_of_round, encode, frame_bytes};
 use polder_protocol::hash::{Digest, InstitutionId, RunId};
 use polder_protocol::layout::{BlockRange, Layout, Part};
-use polder_protocol::run::{Codec, Inner, Optimiser, Outer, Schedule};
+use polder_protocol::run::{Codec, Inner, Optimiser, Outer, Precision, Schedule};
 
 const WORKERS: u64 = 4;
 const BLOCKS: u32 = 2;
@@ -273,6 +273,7 @@ fn inner(warmup_steps: u32) -> Inner {
         schedule: Schedule::WarmupStableDecay,
         optimiser: Optimiser::AdamW,
         goldfish: None,
+        precision: Precision::F32,
     }
 }
 

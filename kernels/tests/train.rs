@@ -9,7 +9,7 @@ use polder_kernels::device::Device;
 use polder_kernels::model::{Config, layout};
 use polder_kernels::train::{TrainData, TrainError, TrainInput, TrainOutput, TrainStage, initial_parameters};
 use polder_protocol::layout::BlockRange;
-use polder_protocol::run::Inner;
+use polder_protocol::run::{Inner, Precision};
 use settings::inner;
 use training_step::{batch, loss};
 
@@ -53,10 +53,11 @@ fn a_chain_of_stages_trains_with_the_bits_of_the_whole() {
         golden.tokens.concat(),
         golden.tokens.concat().into_iter().rev().collect(),
     ];
-    for cut in 1..3 {
-        let mut whole = stage(&golden, BlockRange::whole(3), inner());
-        let mut first = stage(&golden, BlockRange { first: 0, end: cut }, inner());
-        let mut last = stage(&golden, BlockRange { first: cut, end: 3 }, inner());
+    for (cut, precision) in [(1, Precision::F32), (2, Precision::F32), (1, Precision::Bf16)] {
+        let inner = Inner { precision, ..inner() };
+        let mut whole = stage(&golden, BlockRange::whole(3), inner);
+        let mut first = stage(&golden, BlockRange { first: 0, end: cut }, inner);
+        let mut last = stage(&golden, BlockRange { first: cut, end: 3 }, inner);
         for step in 0..3 {
             // Both micro-batches go forward through the first stage before either comes back.
             let sent: Vec<Vec<f32>> = (0..2)
@@ -101,6 +102,38 @@ fn steps_learn_a_repeating_text_and_the_score_says_so() {
     assert_eq!(stepped.tokens, 40 * 2 * 16);
     assert!(stepped.losses[39] < 1.0, "{:?}", stepped.losses);
     assert!(stage.score(&text, 600, 1, 16).unwrap() < 2.0);
+}
+
+#[test]
+fn products_in_bf16_learn_what_those_in_f32_do_and_repeat_their_bits() {
+    let golden = Golden::open("llama_tied_sharded");
+    let text: Vec<u32> = (0..600).map(|i| i % 7 + 3).collect();
+    let mut data = TrainData::new();
+    data.add(&text);
+    let losses = |precision| {
+        let (_, parameters) = initial_parameters(&golden.config_json, 5).unwrap();
+        let (inner, range) = (Inner { precision, ..inner() }, BlockRange::whole(3));
+        let mut stage = TrainStage::new(&golden.config_json, range, parameters, inner, 40, &Device::cpu()).unwrap();
+        (stage.products(), stage.steps(&data, 0, 40, &[1, 2, 3]).unwrap().losses)
+    };
+    let (name, plain) = losses(Precision::F32);
+    assert_eq!(name, "f32");
+    let (name, rounded) = losses(Precision::Bf16);
+    if name == "f32" {
+        println!("skipped: this processor has no instructions for bf16, and f32 is computed in its place");
+        assert_eq!(rounded, plain);
+        return;
+    }
+    assert_ne!(rounded, plain);
+    // One step's rounding is small; what forty steps make of it is another way to the same end.
+    assert!(
+        (rounded[0] / plain[0] - 1.0).abs() < 1e-3,
+        "{name}: {} {}",
+        rounded[0],
+        plain[0]
+    );
+    assert!(rounded[39] < 1.0, "{name}: {rounded:?}");
+    assert_eq!(losses(Precision::Bf16).1, rounded);
 }
 
 #[test]

@@ -11,8 +11,8 @@ use crate::hash::{BlobId, Digest, FederationId, NodeId, RunId, digest};
 use crate::layout::Layout;
 use crate::time::Span;
 
-/// The format of a [`RunSpec`]: 2 since a run names its optimiser.
-pub const SPEC_VERSION: u16 = 2;
+/// The format of a [`RunSpec`]: 2 since a run names its optimiser, 3 since it names its precision.
+pub const SPEC_VERSION: u16 = 3;
 
 /// The agreed facts of a run. Its hash is the [`RunId`]; the steward signs it as the first entry of the run's log.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -90,6 +90,18 @@ pub struct Inner {
     pub optimiser: Optimiser,
     /// Labels that are left out of the loss; `None` leaves out none.
     pub goldfish: Option<Goldfish>,
+    /// What the products of linear layers are computed in.
+    pub precision: Precision,
+}
+
+/// What the products of linear layers are computed in. Parameters, gradients, their sums and the optimiser are f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Precision {
+    /// f32 everywhere.
+    #[default]
+    F32,
+    /// Elements are rounded to bf16 where a node's device multiplies those faster; elsewhere as [`Precision::F32`].
+    Bf16,
 }
 
 /// What makes a step of a gradient.

@@ -8,7 +8,7 @@ use alloc::vec::Vec;
 use crate::hash::{BlobId, FederationId, InstitutionId, NodeId, digest};
 use crate::layout::{BlockRange, Layout, PartLayout};
 use crate::log::{Body, Contribution, Ledger, ReplicaId, Round, Seal, Signature, Stage};
-use crate::run::{Boundary, Closing, Codec, Inner, Optimiser, Outer, RunSpec, SPEC_VERSION, Schedule};
+use crate::run::{Boundary, Closing, Codec, Inner, Optimiser, Outer, Precision, RunSpec, SPEC_VERSION, Schedule};
 use crate::time::Span;
 
 /// Blocks of the run's model.
@@ -77,6 +77,7 @@ pub(crate) fn spec() -> RunSpec {
             schedule: Schedule::WarmupStableDecay,
             optimiser: Optimiser::AdamW,
             goldfish: None,
+            precision: Precision::F32,
         },
         outer: Outer {
             codec: Codec::Raw,

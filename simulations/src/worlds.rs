@@ -3,7 +3,9 @@
 use polder_protocol::hash::{BlobId, FederationId, InstitutionId, NodeId, digest};
 use polder_protocol::layout::{Layout, PartLayout};
 use polder_protocol::rng::Random;
-use polder_protocol::run::{Boundary, Closing, Codec, Inner, Optimiser, Outer, RunSpec, SPEC_VERSION, Schedule};
+use polder_protocol::run::{
+    Boundary, Closing, Codec, Inner, Optimiser, Outer, Precision, RunSpec, SPEC_VERSION, Schedule,
+};
 use polder_protocol::time::{Instant, Span};
 
 /// Blocks of every world's model: two stages of two, or one of three and one of one.
@@ -217,6 +219,7 @@ fn spec(seed: u64, random: &mut Random) -> RunSpec {
             schedule: Schedule::WarmupStableDecay,
             optimiser: Optimiser::AdamW,
             goldfish: None,
+            precision: Precision::F32,
         },
         outer: Outer {
             codec: Codec::Raw,

@@ -1,6 +1,6 @@
 """A training step of a Llama in PyTorch eager with SDPA, measured as `benches/training.rs` measures ours.
 
-    python pytorch.py VOCABULARY HIDDEN WIDE BLOCKS HEADS KV_HEADS TIED BATCH SEQ STEPS THREADS
+    python pytorch.py VOCABULARY HIDDEN WIDE BLOCKS HEADS KV_HEADS TIED BATCH SEQ STEPS THREADS BF16
 
 Prints one line of JSON: seconds and CPU seconds of each step after one to warm up, and the peak of resident memory.
 """
@@ -74,7 +74,7 @@ class Llama(nn.Module):
 
 
 def main():
-    vocabulary, hidden, wide, blocks, heads, kv_heads, tied, batch, seq, steps, threads = map(int, sys.argv[1:])
+    vocabulary, hidden, wide, blocks, heads, kv_heads, tied, batch, seq, steps, threads, bf16 = map(int, sys.argv[1:])
     torch.set_num_threads(threads)
     torch.manual_seed(1)
     model = Llama(vocabulary, hidden, wide, blocks, heads, kv_heads, tied)
@@ -84,7 +84,8 @@ def main():
     for step in range(1 + steps):
         tokens = torch.randint(vocabulary, (batch, seq + 1))
         start, cpu_start = time.perf_counter(), time.process_time()
-        loss = model(tokens[:, :-1], tokens[:, 1:])
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16 == 1):
+            loss = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()

@@ -1,7 +1,7 @@
 //! What computes a stage in training: plain loops on the CPU where they know the model, else a graph of tensors.
 
 use polder_protocol::layout::{BlockRange, Layout};
-use polder_protocol::run::Inner;
+use polder_protocol::run::{Inner, Precision};
 
 use super::graph::Loads;
 use super::{MICRO_BATCHES_KEPT_MAX, TrainError, cpu, graph};
@@ -89,10 +89,24 @@ impl Kept {
 }
 
 impl Engine {
-    pub(super) fn new(config: &Config, layout: &Layout, range: BlockRange, device: &Device) -> Self {
+    pub(super) fn new(
+        config: &Config,
+        layout: &Layout,
+        range: BlockRange,
+        precision: Precision,
+        device: &Device,
+    ) -> Self {
         match device.is_cpu() && cpu::covers(config) {
-            true => Self::Cpu(cpu::Engine::new(layout, range)),
+            true => Self::Cpu(cpu::Engine::new(layout, range, precision)),
             false => Self::Graph(Box::new(graph::Engine::new(device))),
+        }
+    }
+
+    /// What the products of linear layers are computed in.
+    pub(super) fn products(&self) -> &'static str {
+        match self {
+            Self::Cpu(engine) => engine.products(),
+            Self::Graph(_) => "f32",
         }
     }
 

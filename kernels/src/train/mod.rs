@@ -32,7 +32,7 @@ pub use stage::{MICRO_BATCHES_KEPT_MAX, Stepped, TrainInput, TrainOutput, TrainS
 
 #[cfg(test)]
 mod tests {
-    use polder_protocol::run::{Inner, Optimiser, Schedule};
+    use polder_protocol::run::{Inner, Optimiser, Precision, Schedule};
 
     /// An inner optimiser for tests.
     pub(super) fn inner(learning_rate: f32, warmup_steps: u32, decay_ppm: u32) -> Inner {
@@ -53,6 +53,7 @@ mod tests {
             schedule: Schedule::WarmupStableDecay,
             optimiser: Optimiser::AdamW,
             goldfish: None,
+            precision: Precision::F32,
         }
     }
 }

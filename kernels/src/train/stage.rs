@@ -188,7 +188,7 @@ impl TrainStage {
         }
         let trained = adapted.as_ref().map_or(&layout, Adapted::layout);
         let optimiser = Optimiser::new(inner, steps_total, trained, range);
-        let mut engine = Engine::new(&config, &layout, range, device);
+        let mut engine = Engine::new(&config, &layout, range, inner.precision, device);
         if adapted.is_none()
             && optimiser.is_adamw()
             && let Some(graph) = engine.graph()
@@ -225,6 +225,12 @@ impl TrainStage {
     /// Width of the activations.
     pub fn hidden(&self) -> usize {
         self.config.hidden
+    }
+
+    /// What the products of linear layers are computed in: `f32`, or bf16 and the instructions that have it, where the run
+    /// asks for that and the device has them.
+    pub fn products(&self) -> &'static str {
+        self.engine.products()
     }
 
     /// Bytes of parameters and optimiser state.

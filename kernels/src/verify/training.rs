@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use polder_protocol::layout::{BlockRange, Layout};
-use polder_protocol::run::{Inner, Optimiser, Schedule};
+use polder_protocol::run::{Inner, Optimiser, Precision, Schedule};
 use serde_json::Value;
 
 use super::VerifyError;
@@ -121,6 +121,7 @@ pub(super) fn inner(cases: &Cases) -> Inner {
         schedule: Schedule::WarmupStableDecay,
         optimiser: Optimiser::AdamW,
         goldfish: None,
+        precision: Precision::F32,
     }
 }
 

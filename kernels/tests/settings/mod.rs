@@ -1,6 +1,6 @@
 //! Settings for training a tiny model in a test.
 
-use polder_protocol::run::{Inner, Optimiser, Schedule};
+use polder_protocol::run::{Inner, Optimiser, Precision, Schedule};
 
 /// Ten steps of two short sequences.
 pub(crate) fn inner() -> Inner {
@@ -21,5 +21,6 @@ pub(crate) fn inner() -> Inner {
         schedule: Schedule::WarmupStableDecay,
         optimiser: Optimiser::AdamW,
         goldfish: None,
+        precision: Precision::F32,
     }
 }

@@ -409,6 +409,7 @@ impl Compute {
                 if let Some(file) = optimiser_file {
                     loaded.read_optimiser(file)?;
                 }
+                info!(stage, precision = loaded.products(), "loaded for training");
                 let answer = Answer::Loaded {
                     bytes: loaded.bytes(),
                     hidden: width(loaded.hidden()),

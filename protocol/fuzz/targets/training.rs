@@ -9,7 +9,9 @@ use polder_protocol::layout::{Layout, Part, PartLayout, TensorLayout};
 use polder_protocol::log::{Entry, Log, Received, Seal, Signature};
 use polder_protocol::node::{Command, Effect, Input, Joining, Node};
 use polder_protocol::round::{Job, JobId, Outcome, RunMessage};
-use polder_protocol::run::{Boundary, Closing, Codec, Inner, Optimiser, Outer, RunSpec, SPEC_VERSION, Schedule};
+use polder_protocol::run::{
+    Boundary, Closing, Codec, Inner, Optimiser, Outer, Precision, RunSpec, SPEC_VERSION, Schedule,
+};
 use polder_protocol::time::{Instant, Span};
 use serde::{Deserialize, Serialize};
 
@@ -55,6 +57,7 @@ pub(crate) fn spec() -> RunSpec {
             schedule: Schedule::WarmupStableDecay,
             optimiser: Optimiser::AdamW,
             goldfish: None,
+            precision: Precision::F32,
         },
         outer: Outer {
             codec: Codec::Raw,

@@ -193,16 +193,15 @@ impl Loadable<'_> {
         let norm = Loaded::new(&sublayer.norm, self.weights);
         norm.rows(&mut normed, &kept.x);
         let mut normed_gradient = pool.take(kept.x.len());
-        let slots = self.weights.slots;
         match (&sublayer.mixer, kept.mixer) {
             (Mixer::Attention(shape), KeptMixer::Attention(kept)) => {
                 let mut mixed_gradient = pool.take(kept.mixed.len());
                 linear::backward(&mut mixed_gradient, self.weights, &[&shape.o], out_gradient);
-                linear::add_gradients(gradients, slots, &[&shape.o], out_gradient, &kept.mixed);
+                linear::add_gradients(gradients, self.weights, &[&shape.o], out_gradient, &kept.mixed);
                 let inputs = [&shape.q, &shape.k, &shape.v];
                 let gradient = self.attend(shape).backward(kept, &mixed_gradient, gradients, pool);
                 linear::backward(&mut normed_gradient, self.weights, &inputs, &gradient);
-                linear::add_gradients(gradients, slots, &inputs, &gradient, &normed);
+                linear::add_gradients(gradients, self.weights, &inputs, &gradient, &normed);
                 pool.give(gradient);
                 pool.give(mixed_gradient);
             }
@@ -215,9 +214,9 @@ impl Loadable<'_> {
                     curve.add_parameter_gradients(gradients, slots, self.weights, &inner, &active);
                 }
                 curve.backward(&mut active, &mut inner, mlp.up.rows, mlp.gate.is_some());
-                linear::add_gradients(gradients, slots, &[&mlp.down], out_gradient, &active);
+                linear::add_gradients(gradients, self.weights, &[&mlp.down], out_gradient, &active);
                 linear::backward(&mut normed_gradient, self.weights, &inputs(mlp), &inner);
-                linear::add_gradients(gradients, slots, &inputs(mlp), &inner, &normed);
+                linear::add_gradients(gradients, self.weights, &inputs(mlp), &inner, &normed);
                 pool.give(active);
                 pool.give(inner);
             }

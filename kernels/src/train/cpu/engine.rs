@@ -1,10 +1,12 @@
 //! A stage of a dense model on the CPU: embedding, blocks, head.
 
 use polder_protocol::layout::{BlockRange, Layout};
+use polder_protocol::run::Precision;
 
 use super::block::{self, Loadable};
 use super::head::Head;
 use super::pool::Pool;
+use super::products::Products;
 use super::rotation::Rotations;
 use super::slots::{Slots, Weights};
 use crate::model::Config;
@@ -35,6 +37,7 @@ pub(in crate::train) struct Engine {
     slots: Vec<Slots>,
     rotations: Option<Rotations>,
     pool: Pool,
+    products: Products,
 }
 
 /// A micro-batch between its forward and its backward.
@@ -54,12 +57,18 @@ enum KeptBlock {
 }
 
 impl Engine {
-    pub(in crate::train) fn new(layout: &Layout, range: BlockRange) -> Self {
+    pub(in crate::train) fn new(layout: &Layout, range: BlockRange, precision: Precision) -> Self {
         Self {
             slots: Slots::of(layout, range),
             rotations: None,
             pool: Pool::default(),
+            products: Products::of(precision),
         }
+    }
+
+    /// What its products are computed in.
+    pub(in crate::train) fn products(&self) -> &'static str {
+        self.products.name()
     }
 
     /// Runs the blocks: `[rows, hidden]`, and what their backward needs.
@@ -71,11 +80,16 @@ impl Engine {
     ) -> Result<(Vec<f32>, Kept), TrainError> {
         let mut x = self.enter(model, input)?;
         let mut kept = Vec::new();
-        let Self { slots, rotations, pool } = self;
+        let Self {
+            slots,
+            rotations,
+            pool,
+            products,
+        } = self;
         let rotations = fit(rotations, model.config, input.seq);
         // The backward begins at the end, and what it has done with is there for what must be computed again.
         let again = (model.range.end - model.range.first).saturating_sub(blocks_kept) as usize;
-        for (index, block) in blocks(model, slots, rotations).enumerate() {
+        for (index, block) in blocks(model, slots, rotations, *products).enumerate() {
             if index < again {
                 kept.push(KeptBlock::Input(pool.copy(&x)));
                 block.forward(&mut x, pool, block::Kept::give);
@@ -102,7 +116,7 @@ impl Engine {
         targets: &[u32],
         gradients: &mut [Vec<f32>],
     ) -> Result<f32, TrainError> {
-        let head = Head::new(model.config, model.range, model.parameters, &self.slots);
+        let head = Head::new(model.config, model.range, model.parameters, &self.slots, self.products);
         let head = head.ok_or(TrainError::Kind { takes: "a head" })?;
         Ok(head.mean_loss(x, targets, gradients, &mut self.pool))
     }
@@ -115,12 +129,17 @@ impl Engine {
         targets: &[u32],
     ) -> Result<Vec<f32>, TrainError> {
         let mut x = self.enter(model, input)?;
-        let Self { slots, rotations, pool } = self;
+        let Self {
+            slots,
+            rotations,
+            pool,
+            products,
+        } = self;
         let rotations = fit(rotations, model.config, input.seq);
-        for block in blocks(model, slots, rotations) {
+        for block in blocks(model, slots, rotations, *products) {
             block.forward(&mut x, pool, block::Kept::give);
         }
-        let head = Head::new(model.config, model.range, model.parameters, slots);
+        let head = Head::new(model.config, model.range, model.parameters, slots, *products);
         let losses = head
             .ok_or(TrainError::Kind { takes: "a head" })?
             .losses(&x, targets, pool);
@@ -137,11 +156,16 @@ impl Engine {
         mut gradient: Vec<f32>,
         gradients: &mut [Vec<f32>],
     ) -> Vec<f32> {
-        let Self { slots, rotations, pool } = self;
+        let Self {
+            slots,
+            rotations,
+            pool,
+            products,
+        } = self;
         pool.fit(gradient.len());
         let rotations = fit(rotations, model.config, kept.seq);
         let first = usize::from(model.range.has_embedding());
-        let parts = blocks(model, slots, rotations).zip(&mut gradients[first..]);
+        let parts = blocks(model, slots, rotations, *products).zip(&mut gradients[first..]);
         let mut parts: Vec<_> = parts.zip(kept.blocks).collect();
         while let Some(((block, gradients), kept)) = parts.pop() {
             let kept = match kept {
@@ -200,14 +224,23 @@ fn fit<'a>(rotations: &'a mut Option<Rotations>, config: &Config, seq: usize) ->
 }
 
 /// The blocks of a stage with their parameters.
-fn blocks<'a>(model: Model<'a>, slots: &'a [Slots], rotations: &'a Rotations) -> impl Iterator<Item = Loadable<'a>> {
+fn blocks<'a>(
+    model: Model<'a>,
+    slots: &'a [Slots],
+    rotations: &'a Rotations,
+    products: Products,
+) -> impl Iterator<Item = Loadable<'a>> {
     let first = usize::from(model.range.has_embedding());
     let count = (model.range.end - model.range.first) as usize;
     let parts = model.parameters.iter().zip(slots).skip(first).take(count);
     let described = model.config.description.iter().skip(model.range.first as usize);
     described.zip(parts).map(move |(block, (values, slots))| Loadable {
         block,
-        weights: Weights { values, slots },
+        weights: Weights {
+            values,
+            slots,
+            products,
+        },
         rotations,
     })
 }

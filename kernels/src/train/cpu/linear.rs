@@ -4,7 +4,7 @@ use core::ops::Range;
 
 use rayon::prelude::*;
 
-use super::product::{Mode, Threads, View, ViewMut, product};
+use super::product::{Mode, View, ViewMut};
 use super::slots::{Slots, Weights};
 use crate::model::describe::Linear;
 
@@ -47,7 +47,7 @@ pub(super) fn forward(out: &mut [f32], mode: Mode, weights: Weights<'_>, linears
     for run in runs(weights.slots, linears) {
         let weight = View::new(&weights.values[run.weight], run.rows, cols).transposed();
         let out = ViewMut::strided(&mut out[run.column..], rows, run.rows, width);
-        product(out, mode, View::new(x, rows, cols), weight, Threads::All);
+        weights.products.product(out, mode, View::new(x, rows, cols), weight);
     }
     let mut column = 0;
     for linear in linears {
@@ -73,7 +73,7 @@ pub(super) fn backward(x_gradient: &mut [f32], weights: Weights<'_>, linears: &[
         let out_gradient = View::strided(&out_gradient[run.column..], rows, run.rows, width);
         let weight = View::new(&weights.values[run.weight], run.rows, cols);
         let x_gradient = ViewMut::new(x_gradient, rows, cols);
-        product(x_gradient, mode, out_gradient, weight, Threads::All);
+        weights.products.product(x_gradient, mode, out_gradient, weight);
         mode = Mode::Add;
     }
 }
@@ -81,7 +81,7 @@ pub(super) fn backward(x_gradient: &mut [f32], weights: Weights<'_>, linears: &[
 /// Adds the gradients of weights and biases to a part's `gradients`.
 pub(super) fn add_gradients(
     gradients: &mut [f32],
-    slots: &Slots,
+    weights: Weights<'_>,
     linears: &[&Linear],
     out_gradient: &[f32],
     x: &[f32],
@@ -89,16 +89,18 @@ pub(super) fn add_gradients(
     let width: usize = linears.iter().map(|linear| linear.rows).sum();
     let cols = linears.first().map_or(1, |linear| linear.cols);
     let rows = x.len() / cols;
-    for run in runs(slots, linears) {
+    for run in runs(weights.slots, linears) {
         let out_gradient = View::strided(&out_gradient[run.column..], rows, run.rows, width);
         let gradient = ViewMut::new(&mut gradients[run.weight], run.rows, cols);
         let x = View::new(x, rows, cols);
-        product(gradient, Mode::Add, out_gradient.transposed(), x, Threads::All);
+        weights
+            .products
+            .product(gradient, Mode::Add, out_gradient.transposed(), x);
     }
     let mut column = 0;
     for linear in linears {
         if let Some(bias) = linear.bias {
-            add_column_sums(&mut gradients[slots.range(bias)], out_gradient, width, column);
+            add_column_sums(&mut gradients[weights.slots.range(bias)], out_gradient, width, column);
         }
         column += linear.rows;
     }

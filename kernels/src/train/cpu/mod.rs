@@ -5,6 +5,8 @@
 
 mod activation;
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 mod block;
 mod engine;
 mod head;
@@ -12,6 +14,7 @@ mod linear;
 mod norm;
 mod pool;
 pub(super) mod product;
+mod products;
 mod rotation;
 mod slots;
 mod softmax;

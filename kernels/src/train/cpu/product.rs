@@ -30,6 +30,24 @@ impl<'a> View<'a> {
         Self::strided(values, rows, cols, cols)
     }
 
+    /// All that the view was made of; its elements are among them.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn values(self) -> &'a [f32] {
+        self.values
+    }
+
+    /// Rows and columns.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn shape(self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    /// From one row to the next, and from one column to the next.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn strides(self) -> (usize, usize) {
+        (self.row_stride, self.col_stride)
+    }
+
     /// Columns for rows.
     pub(in crate::train) fn transposed(self) -> Self {
         Self {
@@ -66,6 +84,14 @@ impl<'a> ViewMut<'a> {
     /// Rows without anything between them.
     pub(in crate::train) fn new(values: &'a mut [f32], rows: usize, cols: usize) -> Self {
         Self::strided(values, rows, cols, cols)
+    }
+}
+
+impl<'a> ViewMut<'a> {
+    /// Values, rows, columns, and from one row to the next.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn into_parts(self) -> (&'a mut [f32], usize, usize, usize) {
+        (self.values, self.rows, self.cols, self.stride)
     }
 }
 

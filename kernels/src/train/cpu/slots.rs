@@ -4,6 +4,7 @@ use core::ops::Range;
 
 use polder_protocol::layout::{BlockRange, Layout};
 
+use super::products::Products;
 use crate::model::describe::{Linear, Slot};
 
 /// The tensors of one part, in layout order.
@@ -41,11 +42,12 @@ impl Slots {
     }
 }
 
-/// The parameters of one part.
+/// The parameters of one part, and what multiplies with them.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Weights<'a> {
     pub(super) values: &'a [f32],
     pub(super) slots: &'a Slots,
+    pub(super) products: Products,
 }
 
 impl<'a> Weights<'a> {

@@ -15,7 +15,9 @@ use polder_protocol::hash::{BlobId, FederationId, InstitutionId, NodeId, RunId};
 use polder_protocol::identity::KeyPair;
 use polder_protocol::layout::{Layout, Part, PartLayout, TensorLayout};
 use polder_protocol::round::RunMessage;
-use polder_protocol::run::{Boundary, Closing, Codec, Inner, Optimiser, Outer, RunSpec, SPEC_VERSION, Schedule};
+use polder_protocol::run::{
+    Boundary, Closing, Codec, Inner, Optimiser, Outer, Precision, RunSpec, SPEC_VERSION, Schedule,
+};
 use polder_protocol::time::Span;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -89,6 +91,7 @@ impl Hub {
                 schedule: Schedule::WarmupStableDecay,
                 optimiser: Optimiser::AdamW,
                 goldfish: None,
+                precision: Precision::F32,
             },
             outer: Outer {
                 codec,

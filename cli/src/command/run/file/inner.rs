@@ -1,7 +1,7 @@
 //! The table `[inner]` of a run file: the steps between two exchanges, the optimiser and the loss.
 
 use anyhow::{bail, ensure};
-use polder_protocol::run::{Goldfish, Inner, Optimiser, Schedule};
+use polder_protocol::run::{Goldfish, Inner, Optimiser, Precision, Schedule};
 use serde::Deserialize;
 
 use super::{RunFile, positive};
@@ -45,6 +45,8 @@ pub(super) struct InnerTable {
     clip_norm: f32,
     /// Share of the run, 0 to 1, over which the rate falls at the end; with `wsd`.
     decay: Option<f64>,
+    /// What the products of linear layers are computed in: `f32`, or `bf16` on the nodes whose device multiplies that faster.
+    precision: String,
 }
 
 impl Default for InnerTable {
@@ -69,6 +71,7 @@ impl Default for InnerTable {
             weight_decay: 0.1,
             clip_norm: 1.0,
             decay: None,
+            precision: "f32".into(),
         }
     }
 }
@@ -159,6 +162,11 @@ impl RunFile {
             schedule == Schedule::WarmupStableDecay || table.decay.is_none(),
             "`decay` of [inner] is of the schedule \"wsd\""
         );
+        let precision = match table.precision.as_str() {
+            "f32" => Precision::F32,
+            "bf16" => Precision::Bf16,
+            other => bail!("`precision` = \"{other}\" is none of \"f32\", \"bf16\""),
+        };
         let inner = Inner {
             steps: table.steps,
             batch: table.batch,
@@ -180,6 +188,7 @@ impl RunFile {
                 window: goldfish.window,
                 seed: self.seed,
             }),
+            precision,
         };
         inner.check().map_err(|reason| anyhow::anyhow!("[inner]: {reason}"))?;
         Ok(inner)
@@ -232,6 +241,8 @@ mod tests {
                 .unwrap()
         };
         let plain = inner("");
+        assert_eq!(plain.precision, Precision::F32);
+        assert_eq!(inner("precision = \"bf16\"").precision, Precision::Bf16);
         assert_eq!((plain.optimiser, plain.goldfish), (Optimiser::AdamW, None));
         let muon = inner("optimiser = \"muon\"\n[inner.muon]\nlearning_rate = 0.01\n");
         let right = Optimiser::Muon {

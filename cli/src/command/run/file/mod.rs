@@ -373,6 +373,7 @@ mod tests {
         assert!(inner("optimiser = \"lion\"").contains("ademamix"));
         assert!(inner("[inner.muon]\nmomentum = 0.9").contains("[inner.muon]"));
         assert!(inner("optimiser = \"muon\"\n[inner.muon]\nmomentum = 1.0").contains("`momentum`"));
+        assert!(inner("precision = \"fp8\"").contains("`precision`"));
         assert!(inner("[inner.goldfish]\nevery = 1").contains("goldfish"));
         assert!(inner("schedule = \"cosine\"\ndecay = 0.1").contains("`decay`"));
         assert!(refused(&SMALL.replace("heads = 4", "heads = 5")).contains("`heads`"));
