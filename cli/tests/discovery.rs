@@ -166,7 +166,7 @@ fn doctor_tells_a_clock_that_is_off_from_those_of_members() {
             // Nobody listens until they have met.
             let _ = runtime.block_on(control.publish(&topic, told));
             std::thread::sleep(Duration::from_millis(500));
-            let findings = gateway.verb(&["doctor"])["findings"].clone();
+            let findings = gateway.doctor(&[])["findings"].clone();
             let all = findings.as_array().unwrap();
             let clock = all.iter().find(|finding| finding["what"] == "clock").unwrap().clone();
             (clock["health"] == health && clock["words"].as_str().unwrap().contains(side)).then_some(clock)

@@ -79,7 +79,7 @@ fn every_kind_of_network_reaches_every_other() {
         ("proxy-only", "gateways", "good", "through http://192.168.", None),
         ("ipv6-only", "IPv6", "good", "2001:db8::", None),
     ] {
-        let findings = town.node(name).verb(&["doctor"])["findings"].clone();
+        let findings = town.node(name).doctor(&[])["findings"].clone();
         let found = findings
             .as_array()
             .and_then(|all| all.iter().find(|finding| finding["what"] == what))
@@ -345,7 +345,7 @@ fn doctor_tells_before_joining_which_ways_lead_to_a_gateway() {
         }
         let node = Node::prepare_on(&host, town.root.path(), name, &settings);
         let began = Instant::now();
-        let answer = node.verb(&["doctor", "--invite", &invite]);
+        let answer = node.doctor(&["--invite", &invite]);
         println!("{name}, after {:.1} s:", began.elapsed().as_secs_f64());
         let output = node.output(&["doctor", "--invite", &invite]);
         println!("{}", String::from_utf8_lossy(&output.stdout));
@@ -546,7 +546,7 @@ impl Town {
 
     /// What `polder doctor` on a node says of something.
     fn finding(&self, name: &str, what: &str) -> Option<Value> {
-        let findings = self.node(name).verb(&["doctor"])["findings"].clone();
+        let findings = self.node(name).doctor(&[])["findings"].clone();
         let found = findings.as_array()?.iter().find(|finding| finding["what"] == what);
         found.cloned()
     }

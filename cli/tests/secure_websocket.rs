@@ -32,7 +32,7 @@ fn a_node_joins_over_tls_under_a_root_of_its_campus() {
 
         // Browsers do not know the campus's root, so neither does a node that nobody has told of it.
         let stranger = Node::prepare(root.path(), &format!("stranger-{kind}"), "");
-        let found = finding(&stranger, &["doctor", "--invite", invite], "WebSocket");
+        let found = finding(&stranger, &["--invite", invite], "WebSocket");
         println!("{found}");
         assert_eq!(found["health"], "bad", "{found}");
         assert!(found["words"].as_str().unwrap().contains("certificate"), "{found}");
@@ -43,7 +43,7 @@ fn a_node_joins_over_tls_under_a_root_of_its_campus() {
             &format!("node-{kind}"),
             &format!("tls_roots = {trust:?}\n"),
         );
-        let found = finding(&node, &["doctor", "--invite", invite], "WebSocket");
+        let found = finding(&node, &["--invite", invite], "WebSocket");
         println!("{found}");
         assert_eq!(found["health"], "good", "{found}");
         let before = terminator.connections();
@@ -58,7 +58,7 @@ fn a_node_joins_over_tls_under_a_root_of_its_campus() {
 }
 
 fn finding(node: &Node, arguments: &[&str], what: &str) -> serde_json::Value {
-    let answer = node.verb(arguments);
+    let answer = node.doctor(arguments);
     let findings = answer["findings"].as_array().unwrap();
     let found = findings.iter().find(|finding| finding["what"] == what);
     found.cloned().unwrap_or_else(|| panic!("nothing of {what}: {answer}"))

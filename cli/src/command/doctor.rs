@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, ensure};
 use polder_node::daemon::{Config, Finding, Health, LocalApi, Target, examine_ahead};
 use serde::Serialize;
 
@@ -41,7 +41,19 @@ pub(crate) fn run(context: &Context, arguments: &Arguments) -> anyhow::Result<()
         runtime.shutdown_background();
         findings?
     };
-    context.show(&Answer { findings })
+    let bad = findings.iter().filter(|finding| finding.health == Health::Bad);
+    let bad: Vec<&str> = bad.map(|finding| finding.what.as_str()).collect();
+    let failure = format!(
+        "{} of {} things do not work here: {}",
+        bad.len(),
+        findings.len(),
+        bad.join(", ")
+    );
+    let all_work = bad.is_empty();
+    context.show(&Answer { findings })?;
+    // Scripts ask the exit code. What is only fair works.
+    ensure!(all_work, failure);
+    Ok(())
 }
 
 fn targets(arguments: &Arguments) -> anyhow::Result<Vec<Target>> {

@@ -51,7 +51,8 @@ pub(crate) enum Command {
     Status,
     /// Say what works between this machine and the others, and what to ask of whoever runs the network
     ///
-    /// With a running node it tells of that; without one, of what a node would find here.
+    /// With a running node it tells of that; without one, of what a node would find here. The exit code is 0 where
+    /// everything works, be it only fairly, and 1 where something is BAD.
     Doctor(doctor::Arguments),
     /// Show the members that this node has met, and how it reaches them
     Peers,

@@ -115,6 +115,18 @@ impl Node {
             .unwrap_or_else(|error| panic!("polder {arguments:?} on {}: {error}\n{}", self.name, self.last_words()))
     }
 
+    /// What `polder doctor` with these further arguments found. Its exit code must tell whether anything is bad.
+    pub(crate) fn doctor(&self, arguments: &[&str]) -> Value {
+        let output = self.output(&[&["--json", "doctor"], arguments].concat());
+        let error = String::from_utf8_lossy(&output.stderr);
+        let answer: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}: {error}", self.name));
+        let bad = answer["findings"].as_array().unwrap().iter();
+        let bad = bad.filter(|finding| finding["health"] == "bad").count();
+        assert_eq!(output.status.code(), Some(i32::from(bad > 0)), "{answer}: {error}");
+        assert_eq!(error.contains(&format!("error: {bad} of")), bad > 0, "{error}");
+        answer
+    }
+
     /// Starts `polder join` with these further arguments and waits until it answers. Its log is kept over restarts.
     pub(crate) fn start(&mut self, arguments: &[&str]) {
         assert!(self.child.is_none(), "{} runs already", self.name);
