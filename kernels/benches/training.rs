@@ -6,13 +6,15 @@
 //!
 //! Options: `--rounds N` (3), `--steps N` (5), `--threads N` (2), `--only NAME`, `--kept N` (0) blocks that keep what their
 //! backward needs in the second row; in the first all do. `--bf16` adds a row for both with products in bf16, where the
-//! processor has instructions for it; PyTorch's is under `torch.autocast`.
+//! processor has instructions for it; PyTorch's is under `torch.autocast`. `--own NAME` measures ours alone, in this process, and
+//! prints JSON; with `--adapters` it trains adapters of rank 16 for queries and values in place of the model.
 
 use std::process::Command;
 use std::time::Instant;
 
 use polder_kernels::device::Device;
-use polder_kernels::train::{TrainData, TrainStage, initial_parameters};
+use polder_kernels::train::{TrainData, TrainStage, initial_adapters, initial_parameters};
+use polder_protocol::adapters::Adapters;
 use polder_protocol::layout::BlockRange;
 use polder_protocol::run::{Inner, Optimiser, Precision, Schedule};
 use serde_json::{Value, json};
@@ -76,7 +78,8 @@ fn main() {
     if let Some(name) = option("--own") {
         let shape = SHAPES.into_iter().find(|shape| shape.name == name).expect("a shape");
         let precision = if bf16 { Precision::Bf16 } else { Precision::F32 };
-        println!("{}", own(&shape, steps, kept, precision));
+        let adapters = arguments.iter().any(|argument| argument == "--adapters");
+        println!("{}", own(&shape, steps, kept, precision, adapters));
         return;
     }
     let only = option("--only");
@@ -233,7 +236,7 @@ fn pytorch(python: &str, shape: &Shape, steps: u32, threads: u32, bf16: bool) ->
     command
 }
 
-fn own(shape: &Shape, steps: u32, blocks_kept: u32, precision: Precision) -> Value {
+fn own(shape: &Shape, steps: u32, blocks_kept: u32, precision: Precision, adapters: bool) -> Value {
     let Shape {
         vocabulary,
         hidden,
@@ -275,7 +278,22 @@ fn own(shape: &Shape, steps: u32, blocks_kept: u32, precision: Precision) -> Val
     let (layout, parameters) = initial_parameters(&config, 1).expect("a valid shape");
     let count = layout.elements();
     let range = BlockRange::whole(blocks);
-    let mut stage = TrainStage::new(&config, range, parameters, inner, 1_000, &Device::cpu()).expect("a valid stage");
+    let device = Device::cpu();
+    let stage = match adapters {
+        true => {
+            let adapters = Adapters {
+                rank: 16,
+                alpha: 32.0,
+                targets: ["q_proj", "v_proj"].map(String::from).to_vec(),
+                model: layout,
+                base: Vec::new(),
+            };
+            let (_, own) = initial_adapters(&adapters, 2).expect("adapters that fit");
+            TrainStage::adapted(&config, range, parameters, (&adapters, own), (inner, 1_000), &device)
+        }
+        false => TrainStage::new(&config, range, parameters, inner, 1_000, &device),
+    };
+    let mut stage = stage.expect("a valid stage");
     stage.set_blocks_kept(blocks_kept);
     let mut data = TrainData::new();
     let tokens = (0..100_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 16) % vocabulary);

@@ -4,6 +4,8 @@
 //! be adapted. From the gradient of a merged weight `∂W` those of its adapter are `∂B = s · ∂W · Aᵀ` and
 //! `∂A = s · Bᵀ · ∂W`, with `s = alpha / rank`.
 
+use core::ops::Range;
+
 use polder_protocol::adapters::{Adapters, Place};
 use polder_protocol::layout::{BlockRange, Layout};
 use polder_protocol::rng::Random;
@@ -76,6 +78,12 @@ impl Adapted {
 
     pub(super) fn parameters(&self) -> &[Vec<f32>] {
         &self.parameters
+    }
+
+    /// Where the weights with an adapter lie, per part of the stage.
+    pub(super) fn places(&self) -> Vec<Vec<Range<usize>>> {
+        let places = |part: &Vec<Frozen>| part.iter().map(|frozen| frozen.place.weight.clone()).collect();
+        self.parts.iter().map(places).collect()
     }
 
     /// Bytes of adapters, their gradients and the weights that they change.

@@ -1,5 +1,7 @@
 //! What computes a stage in training: plain loops on the CPU where they know the model, else a graph of tensors.
 
+use core::ops::Range;
+
 use polder_protocol::layout::{BlockRange, Layout};
 use polder_protocol::run::{Inner, Precision};
 
@@ -7,6 +9,9 @@ use super::graph::Loads;
 use super::{MICRO_BATCHES_KEPT_MAX, TrainError, cpu, graph};
 use crate::device::{Device, memory};
 use crate::model::Config;
+
+/// Sums that are looked at together before they are begun anew: 256 KiB.
+const PIECE: usize = 1 << 16;
 
 /// A stage's model.
 #[derive(Debug, Clone, Copy)]
@@ -43,7 +48,12 @@ impl GradientSums {
         if self.sums.len() != parameters.len() {
             self.sums = parameters.iter().map(|part| vec![0.0; part.len()]).collect();
         } else if !self.made {
-            self.sums.iter_mut().for_each(|part| part.fill(0.0));
+            // Where nothing was added, memory that the system has not given yet stays where it is.
+            for piece in self.sums.iter_mut().flat_map(|part| part.chunks_mut(PIECE)) {
+                if piece.iter().any(|sum| sum.to_bits() != 0) {
+                    piece.fill(0.0);
+                }
+            }
         }
         self.made = true;
         &mut self.sums
@@ -99,6 +109,15 @@ impl Engine {
         match device.is_cpu() && cpu::covers(config) {
             true => Self::Cpu(cpu::Engine::new(layout, range, precision)),
             false => Self::Graph(Box::new(graph::Engine::new(device))),
+        }
+    }
+
+    /// Lets the engine leave out the gradients of all but these weights, per part of the stage.
+    pub(super) fn ask_only(&mut self, weights: Vec<Vec<Range<usize>>>) {
+        match self {
+            Self::Cpu(engine) => engine.ask_only(weights),
+            // A graph makes them all.
+            Self::Graph(_) => {}
         }
     }
 

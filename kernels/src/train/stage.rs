@@ -189,6 +189,9 @@ impl TrainStage {
         let trained = adapted.as_ref().map_or(&layout, Adapted::layout);
         let optimiser = Optimiser::new(inner, steps_total, trained, range);
         let mut engine = Engine::new(&config, &layout, range, inner.precision, device);
+        if let Some(adapted) = &adapted {
+            engine.ask_only(adapted.places());
+        }
         if adapted.is_none()
             && optimiser.is_adamw()
             && let Some(graph) = engine.graph()

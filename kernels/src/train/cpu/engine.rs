@@ -1,5 +1,7 @@
 //! A stage of a dense model on the CPU: embedding, blocks, head.
 
+use core::ops::Range;
+
 use polder_protocol::layout::{BlockRange, Layout};
 use polder_protocol::run::Precision;
 
@@ -63,6 +65,14 @@ impl Engine {
             rotations: None,
             pool: Pool::default(),
             products: Products::of(precision),
+        }
+    }
+
+    /// From now on the gradients of these weights are asked for, per part, and no others'. What is added to the gradients of
+    /// others is of no use.
+    pub(in crate::train) fn ask_only(&mut self, weights: Vec<Vec<Range<usize>>>) {
+        for (slots, weights) in self.slots.iter_mut().zip(weights) {
+            slots.ask_only(weights);
         }
     }
 
@@ -177,6 +187,10 @@ impl Engine {
         drop(parts);
         match (kept.tokens, gradients.first_mut()) {
             (Some(tokens), Some(part)) => {
+                if !slots[0].asks(&slots[0].range(Slot(0))) {
+                    pool.give(gradient);
+                    return Vec::new();
+                }
                 let embedding = &mut part[slots[0].range(Slot(0))];
                 let (hidden, scale) = (model.config.hidden, model.config.embedding_scale);
                 for (token, row) in tokens.iter().zip(gradient.chunks_exact(hidden)) {

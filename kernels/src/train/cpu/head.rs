@@ -139,15 +139,17 @@ impl<'a> Head<'a> {
             self.logits(logits, normed);
             let losses = row_losses(logits, targets, self.vocabulary, share);
             sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
-            if let Some(bias) = self.bias {
+            if let Some(bias) = self.bias.filter(|_| self.weights().slots.asks_all()) {
                 let gradient = &mut gradients[last][self.weights().slots.range(bias)];
                 add_column_sums(gradient, logits, self.vocabulary, 0);
             }
             let own = View::new(logits, rows, self.vocabulary);
-            let gradient = &mut gradients[self.projection.0][self.projection.1.clone()];
-            let gradient = ViewMut::new(gradient, self.vocabulary, self.hidden);
-            let read = View::new(normed, rows, self.hidden);
-            self.products.product(gradient, Mode::Add, own.transposed(), read);
+            let (part, weight) = self.projection.clone();
+            if self.slots[part].asks(&weight) {
+                let gradient = ViewMut::new(&mut gradients[part][weight], self.vocabulary, self.hidden);
+                let read = View::new(normed, rows, self.hidden);
+                self.products.product(gradient, Mode::Add, own.transposed(), read);
+            }
             // What was normed has been read for the last time; its gradient takes its place.
             let out = ViewMut::new(normed, rows, self.hidden);
             self.products.product(out, Mode::Write, own, self.projection());

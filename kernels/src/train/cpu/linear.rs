@@ -18,12 +18,14 @@ struct Run {
     rows: usize,
 }
 
-fn runs(slots: &Slots, linears: &[&Linear]) -> Vec<Run> {
+/// Of those `linears` whose weight is `wanted`.
+fn runs(slots: &Slots, linears: &[&Linear], wanted: impl Fn(&Range<usize>) -> bool) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     let mut column = 0;
     for linear in linears {
         let weight = slots.weight(linear);
         match runs.last_mut() {
+            _ if !wanted(&weight) => {}
             Some(run) if run.weight.end == weight.start => {
                 run.weight.end = weight.end;
                 run.rows += linear.rows;
@@ -44,7 +46,7 @@ pub(super) fn forward(out: &mut [f32], mode: Mode, weights: Weights<'_>, linears
     let width: usize = linears.iter().map(|linear| linear.rows).sum();
     let cols = linears.first().map_or(1, |linear| linear.cols);
     let rows = x.len() / cols;
-    for run in runs(weights.slots, linears) {
+    for run in runs(weights.slots, linears, |_| true) {
         let weight = View::new(&weights.values[run.weight], run.rows, cols).transposed();
         let out = ViewMut::strided(&mut out[run.column..], rows, run.rows, width);
         weights.products.product(out, mode, View::new(x, rows, cols), weight);
@@ -69,7 +71,7 @@ pub(super) fn backward(x_gradient: &mut [f32], weights: Weights<'_>, linears: &[
     let cols = linears.first().map_or(1, |linear| linear.cols);
     let rows = out_gradient.len() / width;
     let mut mode = Mode::Write;
-    for run in runs(weights.slots, linears) {
+    for run in runs(weights.slots, linears, |_| true) {
         let out_gradient = View::strided(&out_gradient[run.column..], rows, run.rows, width);
         let weight = View::new(&weights.values[run.weight], run.rows, cols);
         let x_gradient = ViewMut::new(x_gradient, rows, cols);
@@ -78,7 +80,7 @@ pub(super) fn backward(x_gradient: &mut [f32], weights: Weights<'_>, linears: &[
     }
 }
 
-/// Adds the gradients of weights and biases to a part's `gradients`.
+/// Adds the gradients of weights and biases to a part's `gradients`, those that are asked for.
 pub(super) fn add_gradients(
     gradients: &mut [f32],
     weights: Weights<'_>,
@@ -89,13 +91,16 @@ pub(super) fn add_gradients(
     let width: usize = linears.iter().map(|linear| linear.rows).sum();
     let cols = linears.first().map_or(1, |linear| linear.cols);
     let rows = x.len() / cols;
-    for run in runs(weights.slots, linears) {
+    for run in runs(weights.slots, linears, |weight| weights.slots.asks(weight)) {
         let out_gradient = View::strided(&out_gradient[run.column..], rows, run.rows, width);
         let gradient = ViewMut::new(&mut gradients[run.weight], run.rows, cols);
         let x = View::new(x, rows, cols);
         weights
             .products
             .product(gradient, Mode::Add, out_gradient.transposed(), x);
+    }
+    if !weights.slots.asks_all() {
+        return;
     }
     let mut column = 0;
     for linear in linears {

@@ -7,9 +7,14 @@ use polder_protocol::layout::{BlockRange, Layout};
 use super::products::Products;
 use crate::model::describe::{Linear, Slot};
 
-/// The tensors of one part, in layout order.
+/// The tensors of one part.
 #[derive(Debug, Clone)]
-pub(super) struct Slots(Vec<Range<usize>>);
+pub(super) struct Slots {
+    /// In layout order.
+    tensors: Vec<Range<usize>>,
+    /// The weights whose gradients are asked for, where not all parameters' are.
+    only: Option<Vec<Range<usize>>>,
+}
 
 impl Slots {
     /// Those of each part of `range`.
@@ -22,17 +27,36 @@ impl Slots {
                 let end = start + tensor.elements().unwrap_or(0);
                 core::mem::replace(&mut start, end)..end
             });
-            Self(ranges.collect())
+            Self {
+                tensors: ranges.collect(),
+                only: None,
+            }
         });
         slots.collect()
     }
 
     /// A description names only what is in its layout.
     pub(super) fn range(&self, slot: Slot) -> Range<usize> {
-        self.0
+        self.tensors
             .get(slot.0)
             .cloned()
             .unwrap_or_else(|| unreachable!("{slot:?} is not in the layout"))
+    }
+
+    /// From now on the gradients of these weights are asked for, and no others'.
+    pub(super) fn ask_only(&mut self, weights: Vec<Range<usize>>) {
+        self.only = Some(weights);
+    }
+
+    /// Whether gradients of all parameters are asked for.
+    pub(super) fn asks_all(&self) -> bool {
+        self.only.is_none()
+    }
+
+    /// Whether the gradient of a weight is asked for.
+    pub(super) fn asks(&self, weight: &Range<usize>) -> bool {
+        let meets = |only: &Range<usize>| only.start < weight.end && weight.start < only.end;
+        self.only.as_ref().is_none_or(|only| only.iter().any(meets))
     }
 
     /// The weight of `linear`, `[rows, cols]`.
