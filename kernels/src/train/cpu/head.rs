@@ -22,6 +22,7 @@ use crate::train::goldfish::LEFT_OUT;
 /// Bytes of the logits of a chunk: large enough that reading the projection costs little beside multiplying with it.
 const LOGITS_BYTES: usize = 48 << 20;
 /// The same where multiplying takes a fifth of the time.
+#[cfg(target_arch = "x86_64")]
 const LOGITS_BYTES_BF16: usize = 96 << 20;
 
 /// The end of a stage that holds it.
