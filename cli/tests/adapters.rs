@@ -143,7 +143,8 @@ fn train(root: &Path, nodes: &[Node], name: &str, rounds: u64, what: &str, langu
     let file = root.join(format!("{name}.toml"));
     let text = format!(
         "name = \"{name}\"\nrounds = {rounds}\nseed = 7\ndata = [\"{language}\"]\n\n{what}\n\
-         [inner]\nsteps = 30\nbatch = 4\nseq = 64\nprecision = \"bf16\"\nlearning_rate = 1e-2\nwarmup_steps = 10\ndecay = 0.0\n\n\
+         [inner]\nsteps = 30\nbatch = 4\nseq = 64\nprecision = \"bf16\"\n\
+         learning_rate = 1e-2\nwarmup_steps = 10\ndecay = 0.0\n\n\
          [outer]\nmomentum = 0.5\n\n\
          [closing]\nquorum = 2\ngrace = \"6s\"\ndeadline = \"30s\"\n"
     );

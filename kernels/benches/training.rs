@@ -219,20 +219,10 @@ fn pytorch(python: &str, shape: &Shape, steps: u32, threads: u32, bf16: bool) ->
     } = *shape;
     let tied = u32::from(tied);
     let numbers = [
-        vocabulary,
-        hidden,
-        wide,
-        blocks,
-        heads,
-        kv_heads,
-        tied,
-        batch,
-        seq,
-        steps,
-        threads,
-        u32::from(bf16),
+        vocabulary, hidden, wide, blocks, heads, kv_heads, tied, batch, seq, steps, threads,
     ];
     command.args(numbers.map(|number| number.to_string()));
+    command.arg(u32::from(bf16).to_string());
     command
 }
 

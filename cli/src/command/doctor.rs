@@ -41,19 +41,9 @@ pub(crate) fn run(context: &Context, arguments: &Arguments) -> anyhow::Result<()
         runtime.shutdown_background();
         findings?
     };
-    let bad = findings.iter().filter(|finding| finding.health == Health::Bad);
-    let bad: Vec<&str> = bad.map(|finding| finding.what.as_str()).collect();
-    let failure = format!(
-        "{} of {} things do not work here: {}",
-        bad.len(),
-        findings.len(),
-        bad.join(", ")
-    );
-    let all_work = bad.is_empty();
-    context.show(&Answer { findings })?;
-    // Scripts ask the exit code. What is only fair works.
-    ensure!(all_work, failure);
-    Ok(())
+    let answer = Answer { findings };
+    context.show(&answer)?;
+    answer.verdict()
 }
 
 fn targets(arguments: &Arguments) -> anyhow::Result<Vec<Target>> {
@@ -76,6 +66,22 @@ fn targets(arguments: &Arguments) -> anyhow::Result<Vec<Target>> {
 #[derive(Serialize)]
 struct Answer {
     findings: Vec<Finding>,
+}
+
+impl Answer {
+    /// What the exit code tells scripts. What is only fair works.
+    fn verdict(&self) -> anyhow::Result<()> {
+        let bad = self.findings.iter().filter(|finding| finding.health == Health::Bad);
+        let bad: Vec<&str> = bad.map(|finding| finding.what.as_str()).collect();
+        ensure!(
+            bad.is_empty(),
+            "{} of {} things do not work here: {}",
+            bad.len(),
+            self.findings.len(),
+            bad.join(", ")
+        );
+        Ok(())
+    }
 }
 
 impl fmt::Display for Answer {

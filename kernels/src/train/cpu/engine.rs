@@ -90,16 +90,11 @@ impl Engine {
     ) -> Result<(Vec<f32>, Kept), TrainError> {
         let mut x = self.enter(model, input)?;
         let mut kept = Vec::new();
-        let Self {
-            slots,
-            rotations,
-            pool,
-            products,
-        } = self;
-        let rotations = fit(rotations, model.config, input.seq);
+        let pool = &mut self.pool;
+        let rotations = fit(&mut self.rotations, model.config, input.seq);
         // The backward begins at the end, and what it has done with is there for what must be computed again.
         let again = (model.range.end - model.range.first).saturating_sub(blocks_kept) as usize;
-        for (index, block) in blocks(model, slots, rotations, *products).enumerate() {
+        for (index, block) in blocks(model, &self.slots, rotations, self.products).enumerate() {
             if index < again {
                 kept.push(KeptBlock::Input(pool.copy(&x)));
                 block.forward(&mut x, pool, block::Kept::give);
@@ -139,17 +134,12 @@ impl Engine {
         targets: &[u32],
     ) -> Result<Vec<f32>, TrainError> {
         let mut x = self.enter(model, input)?;
-        let Self {
-            slots,
-            rotations,
-            pool,
-            products,
-        } = self;
-        let rotations = fit(rotations, model.config, input.seq);
-        for block in blocks(model, slots, rotations, *products) {
+        let pool = &mut self.pool;
+        let rotations = fit(&mut self.rotations, model.config, input.seq);
+        for block in blocks(model, &self.slots, rotations, self.products) {
             block.forward(&mut x, pool, block::Kept::give);
         }
-        let head = Head::new(model.config, model.range, model.parameters, slots, *products);
+        let head = Head::new(model.config, model.range, model.parameters, &self.slots, self.products);
         let losses = head
             .ok_or(TrainError::Kind { takes: "a head" })?
             .losses(&x, targets, pool);
@@ -166,16 +156,11 @@ impl Engine {
         mut gradient: Vec<f32>,
         gradients: &mut [Vec<f32>],
     ) -> Vec<f32> {
-        let Self {
-            slots,
-            rotations,
-            pool,
-            products,
-        } = self;
+        let pool = &mut self.pool;
         pool.fit(gradient.len());
-        let rotations = fit(rotations, model.config, kept.seq);
+        let rotations = fit(&mut self.rotations, model.config, kept.seq);
         let first = usize::from(model.range.has_embedding());
-        let parts = blocks(model, slots, rotations, *products).zip(&mut gradients[first..]);
+        let parts = blocks(model, &self.slots, rotations, self.products).zip(&mut gradients[first..]);
         let mut parts: Vec<_> = parts.zip(kept.blocks).collect();
         while let Some(((block, gradients), kept)) = parts.pop() {
             let kept = match kept {
@@ -187,11 +172,11 @@ impl Engine {
         drop(parts);
         match (kept.tokens, gradients.first_mut()) {
             (Some(tokens), Some(part)) => {
-                if !slots[0].asks(&slots[0].range(Slot(0))) {
+                if !self.slots[0].asks(&self.slots[0].range(Slot(0))) {
                     pool.give(gradient);
                     return Vec::new();
                 }
-                let embedding = &mut part[slots[0].range(Slot(0))];
+                let embedding = &mut part[self.slots[0].range(Slot(0))];
                 let (hidden, scale) = (model.config.hidden, model.config.embedding_scale);
                 for (token, row) in tokens.iter().zip(gradient.chunks_exact(hidden)) {
                     let at = *token as usize * hidden;

@@ -30,24 +30,6 @@ impl<'a> View<'a> {
         Self::strided(values, rows, cols, cols)
     }
 
-    /// All that the view was made of; its elements are among them.
-    #[cfg(target_arch = "x86_64")]
-    pub(super) fn values(self) -> &'a [f32] {
-        self.values
-    }
-
-    /// Rows and columns.
-    #[cfg(target_arch = "x86_64")]
-    pub(super) fn shape(self) -> (usize, usize) {
-        (self.rows, self.cols)
-    }
-
-    /// From one row to the next, and from one column to the next.
-    #[cfg(target_arch = "x86_64")]
-    pub(super) fn strides(self) -> (usize, usize) {
-        (self.row_stride, self.col_stride)
-    }
-
     /// Columns for rows.
     pub(in crate::train) fn transposed(self) -> Self {
         Self {
@@ -57,6 +39,24 @@ impl<'a> View<'a> {
             col_stride: self.row_stride,
             ..self
         }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<'a> View<'a> {
+    /// All that the view was made of; its elements are among them.
+    pub(super) fn values(self) -> &'a [f32] {
+        self.values
+    }
+
+    /// Rows and columns.
+    pub(super) fn shape(self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    /// From one row to the next, and from one column to the next.
+    pub(super) fn strides(self) -> (usize, usize) {
+        (self.row_stride, self.col_stride)
     }
 }
 
@@ -87,9 +87,9 @@ impl<'a> ViewMut<'a> {
     }
 }
 
+#[cfg(target_arch = "x86_64")]
 impl<'a> ViewMut<'a> {
     /// Values, rows, columns, and from one row to the next.
-    #[cfg(target_arch = "x86_64")]
     pub(super) fn into_parts(self) -> (&'a mut [f32], usize, usize, usize) {
         (self.values, self.rows, self.cols, self.stride)
     }

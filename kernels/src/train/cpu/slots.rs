@@ -1,4 +1,4 @@
-//! Where the tensors of a part lie in its numbers.
+//! Where the tensors of a part lie in its numbers, and whose gradients are asked for.
 
 use core::ops::Range;
 

@@ -16,7 +16,7 @@ pub(super) use product::product;
 
 /// What multiplies tiles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::train) enum Instructions {
+pub(super) enum Instructions {
     /// Whole tiles at once: Intel's AMX-BF16.
     Amx,
     /// Rows of tiles: AVX512-BF16, also AMD's since Zen 4.
@@ -25,7 +25,7 @@ pub(in crate::train) enum Instructions {
 
 impl Instructions {
     /// The best that this machine has, where it has any.
-    pub(in crate::train) fn detect() -> Option<Self> {
+    pub(super) fn detect() -> Option<Self> {
         Self::all().next()
     }
 

@@ -34,7 +34,9 @@ pub(in crate::train::cpu) fn product(
         return;
     }
     if left.elements == 0 {
-        out.nothing_added(mode);
+        if mode == Mode::Write {
+            out.clear();
+        }
         return;
     }
     let steps = left.steps();
@@ -128,13 +130,11 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// A sum of no products.
-    fn nothing_added(&self, mode: Mode) {
+    /// Sums of no products.
+    fn clear(&self) {
         for row in 0..self.rows {
-            if mode == Mode::Write {
-                // SAFETY: the row is within the view.
-                unsafe { core::slice::from_raw_parts_mut(self.values.add(row * self.stride), self.cols) }.fill(0.0);
-            }
+            // SAFETY: the row is within the view.
+            unsafe { core::slice::from_raw_parts_mut(self.values.add(row * self.stride), self.cols) }.fill(0.0);
         }
     }
 }
@@ -162,24 +162,11 @@ impl Task<'_> {
                 for index in 0..self.own.squares() {
                     let own = self.own.square(index, from, to);
                     let (line, other) = (self.first + index * SQUARE, of_whole * SQUARE);
-                    let (row, col, factors) = match self.side {
-                        Side::Left => (
-                            line,
-                            other,
-                            Factors {
-                                left: own,
-                                right: others,
-                            },
-                        ),
-                        Side::Right => (
-                            other,
-                            line,
-                            Factors {
-                                left: others,
-                                right: own,
-                            },
-                        ),
+                    let ((row, col), (left, right)) = match self.side {
+                        Side::Left => ((line, other), (own, others)),
+                        Side::Right => ((other, line), (others, own)),
                     };
+                    let factors = Factors { left, right };
                     self.at(row, col, mode, factors, &mut square);
                 }
             }
